@@ -1,0 +1,185 @@
+package vmstate
+
+import (
+	"bytes"
+	"errors"
+	"os"
+	"testing"
+)
+
+const pcMachine = "pc-i440fx-7.2"
+
+// pcState is what QEMU 7.2 wrote for `-machine pc -nodefaults` stopped in SeaBIOS.
+func pcState(t testing.TB) []byte {
+	b, err := os.ReadFile("testdata/" + pcMachine + ".state")
+	if err != nil {
+		t.Fatal(err)
+	}
+	return b
+}
+
+func TestStreamWrapsBothEnds(t *testing.T) {
+	dev := pcState(t)
+	got, err := Stream(pcMachine, dev)
+	if err != nil {
+		t.Fatal(err)
+	}
+	want := append([]byte("QEVM\x00\x00\x00\x03\x07\x00\x00\x00\x0d"+pcMachine), dev[8:]...)
+	want = append(want, "\x06\x00\x00\x00\x02{}"...)
+	if !bytes.Equal(got, want) {
+		t.Fatalf("stream differs: %d bytes, want %d", len(got), len(want))
+	}
+}
+
+// A stream's sections are the state's, moved by the configuration section.
+func TestParseSectionsSurviveStream(t *testing.T) {
+	dev := pcState(t)
+	a, err := Parse(dev)
+	if err != nil {
+		t.Fatal(err)
+	}
+	if a.Machine != "" || a.Description != nil {
+		t.Errorf("device state has machine %q, description %q", a.Machine, a.Description)
+	}
+	byName := map[string]Section{}
+	for _, s := range a.Sections {
+		byName[s.Name] = s
+	}
+	for _, name := range []string{"timer", "cpu_common", "cpu", "apic", "0000:00:00.0/I440FX", "globalstate"} {
+		s, ok := byName[name]
+		if !ok {
+			t.Errorf("no section %q among %d", name, len(a.Sections))
+			continue
+		}
+		if s.Bytes <= 0 || s.Offset+s.Bytes > len(dev) {
+			t.Errorf("section %q at %d has %d bytes", name, s.Offset, s.Bytes)
+		}
+	}
+	if g := byName["globalstate"]; !bytes.Contains(dev[g.Offset:g.Offset+g.Bytes], []byte("running")) {
+		t.Errorf("globalstate is not where the listing says")
+	}
+	st, err := Stream(pcMachine, dev)
+	if err != nil {
+		t.Fatal(err)
+	}
+	b, err := Parse(st)
+	if err != nil {
+		t.Fatal(err)
+	}
+	if b.Machine != pcMachine || string(b.Description) != vmDescription {
+		t.Errorf("stream has machine %q, description %q", b.Machine, b.Description)
+	}
+	if len(a.Sections) != len(b.Sections) {
+		t.Fatalf("%d sections became %d", len(a.Sections), len(b.Sections))
+	}
+	for i, s := range a.Sections {
+		s.Offset += 5 + len(pcMachine)
+		if s != b.Sections[i] {
+			t.Errorf("section %d: %+v, want %+v", i, b.Sections[i], s)
+		}
+	}
+}
+
+func TestStreamOfStreamIsChecked(t *testing.T) {
+	// A QEMU that writes the configuration itself: same machine is kept, another refused.
+	dev := append([]byte("QEVM\x00\x00\x00\x03\x07\x00\x00\x00\x0d"+pcMachine), pcState(t)[8:]...)
+	got, err := Stream(pcMachine, dev)
+	if err != nil {
+		t.Fatal(err)
+	}
+	if n := bytes.Count(got, []byte("\x07\x00\x00\x00\x0d"+pcMachine)); n != 1 {
+		t.Errorf("configuration stands there %d times", n)
+	}
+	if _, err := Stream("pc-q35-7.2", dev); !errors.Is(err, ErrFormat) {
+		t.Errorf("another machine's state: %v", err)
+	}
+}
+
+func TestStreamRefuses(t *testing.T) {
+	dev := pcState(t)
+	mod := func(f func(b []byte) []byte) []byte { return f(bytes.Clone(dev)) }
+	for _, c := range []struct {
+		name string
+		in   []byte
+		want error
+	}{
+		{"empty", nil, ErrTruncated},
+		{"header only", dev[:8], ErrTruncated},
+		{"other magic", mod(func(b []byte) []byte { b[0] = 'X'; return b }), ErrFormat},
+		{"other version", mod(func(b []byte) []byte { b[7] = 2; return b }), ErrFormat},
+		{"no section", mod(func(b []byte) []byte { b[8] = 0x33; return b }), ErrFormat},
+		{"last byte missing", dev[:len(dev)-1], ErrTruncated},
+		{"half", mod(func(b []byte) []byte { return append(b[:len(b)/2], 1) }), ErrTruncated},
+		{"footer missing", mod(func(b []byte) []byte { return append(b[:len(b)-6], 0) }), ErrTruncated},
+	} {
+		if _, err := Stream(pcMachine, c.in); !errors.Is(err, c.want) || !errors.Is(err, ErrFormat) {
+			t.Errorf("%s: %v, want %v", c.name, err, c.want)
+		}
+	}
+	if _, err := Stream("", dev); err == nil {
+		t.Error("no machine type was accepted")
+	}
+}
+
+func TestParseEveryPrefixIsTruncated(t *testing.T) {
+	dev := pcState(t)
+	for n := 0; n < len(dev); n += 7 {
+		if _, err := Parse(dev[:n]); !errors.Is(err, ErrFormat) {
+			t.Fatalf("prefix of %d bytes: %v", n, err)
+		}
+	}
+}
+
+func TestModernFormat(t *testing.T) {
+	for name, want := range map[string]bool{
+		"pc-i440fx-7.2": true, "pc-q35-10.0": true, "pc-q35-4.0.1": true, "none": true, "microvm": true, "xen-hvm": true,
+		"pc-i440fx-2.12": true, "pc-i440fx-2.4": true, "pc-i440fx-2.3": false, "pc-i440fx-1.7": false,
+	} {
+		if got := modernFormat(name); got != want {
+			t.Errorf("%s: %v, want %v", name, got, want)
+		}
+	}
+}
+
+func FuzzParse(f *testing.F) {
+	f.Add([]byte("QEVM\x00\x00\x00\x03\x04\x00\x00\x00\x01\x01a\x00\x00\x00\x00\x00\x00\x00\x01xy\x7e\x00\x00\x00\x01\x00"))
+	f.Add([]byte("QEVM\x00\x00\x00\x03\x07\x00\x00\x00\x01m\x04\x00\x00\x00\x01\x01a\x00\x00\x00\x00\x00\x00\x00\x01\x7e\x00\x00\x00\x01\x00\x06\x00\x00\x00\x02{}"))
+	f.Add([]byte("QEVM\x00\x00\x00\x03\x00"))
+	f.Fuzz(func(t *testing.T, b []byte) {
+		l, err := Parse(b)
+		if err != nil {
+			if !errors.Is(err, ErrFormat) {
+				t.Fatalf("error without a kind: %v", err)
+			}
+			return
+		}
+		end := headerBytes
+		for _, s := range l.Sections {
+			if s.Offset < end || s.Bytes < 0 || s.Offset+s.Bytes+footerBytes > len(b) {
+				t.Fatalf("section outside the input: %+v", s)
+			}
+			end = s.Offset + s.Bytes + footerBytes
+		}
+	})
+}
+
+func FuzzStream(f *testing.F) {
+	f.Add(pcMachine, []byte("QEVM\x00\x00\x00\x03\x04\x00\x00\x00\x01\x01a\x00\x00\x00\x00\x00\x00\x00\x01xy\x7e\x00\x00\x00\x01\x00"))
+	f.Add("pc-i440fx-2.2", []byte("QEVM\x00\x00\x00\x03\x04\x00"))
+	f.Fuzz(func(t *testing.T, machine string, b []byte) {
+		out, err := Stream(machine, b)
+		if err != nil {
+			return
+		}
+		if len(out) < len(b) || !bytes.Equal(out[:headerBytes], b[:headerBytes]) || !bytes.Contains(out, b[headerBytes:]) {
+			t.Fatal("the state is not in the stream")
+		}
+		// What lists as a state lists as a stream of this machine, section by section.
+		if l, err := Parse(b); err == nil && modernFormat(machine) && l.Description == nil {
+			s, err := Parse(out)
+			if err != nil || s.Machine != machine || len(s.Sections) != len(l.Sections) {
+				t.Fatalf("stream lists differently: %v", err)
+			}
+		}
+	})
+}
