@@ -1,0 +1,155 @@
+package arena
+
+import (
+	"bytes"
+	"encoding/binary"
+	"errors"
+	"math/rand/v2"
+	"os"
+	"testing"
+	"time"
+	"unsafe"
+
+	"go.uber.org/goleak"
+)
+
+func TestMain(m *testing.M) { goleak.VerifyTestMain(m) }
+
+func TestLayoutIsStable(t *testing.T) {
+	if got := unsafe.Sizeof(slot{}); got != recordBytes {
+		t.Fatalf("slot is %d bytes, the peer expects %d", got, recordBytes)
+	}
+	if unsafe.Offsetof(ringControl{}.tailPage) < 128 {
+		t.Fatal("head and tail share a cache line pair")
+	}
+}
+
+// Two mappings of one memfd, a producer on one and a consumer on the other:
+// every run arrives once, in order, with its content, whatever the sizes.
+func TestRunsArriveWholeAndInOrder(t *testing.T) {
+	producer, f, err := Create([]int{64})
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer producer.Close()
+	defer f.Close()
+	consumer, err := Open(f)
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer consumer.Close()
+
+	const records = 20000
+	sent := make(chan error, 1)
+	go func() {
+		rng := rand.New(rand.NewPCG(1, 2))
+		r := producer.Ring(0)
+		for i := range uint64(records) {
+			n := 1 + rng.IntN(r.MaxReserve())
+			if rng.IntN(4) == 0 {
+				if !r.PublishZero(2, i, uint64(n), ByFault, time.Minute) {
+					sent <- errors.New("no slot within a minute")
+					return
+				}
+				continue
+			}
+			b, ok := r.Reserve(n, time.Minute)
+			if !ok {
+				sent <- errors.New("no space within a minute")
+				return
+			}
+			for p := range n {
+				binary.LittleEndian.PutUint64(b[p*PageBytes:], i<<16|uint64(p))
+				binary.LittleEndian.PutUint64(b[(p+1)*PageBytes-8:], i<<16|uint64(p))
+			}
+			r.Publish(1, i, uint64(n), ByScan)
+		}
+		if !r.Finish(time.Minute) {
+			sent <- errors.New("no slot for the end")
+			return
+		}
+		sent <- nil
+	}()
+
+	r := consumer.Ring(0)
+	for i := uint64(0); ; i++ {
+		rec, ok, done, err := r.Next(time.Minute)
+		if err != nil {
+			t.Fatal(err)
+		}
+		if done {
+			if i != records {
+				t.Fatalf("%d records arrived, want %d", i, records)
+			}
+			break
+		}
+		if !ok || rec.First != i {
+			t.Fatalf("record %d: ok=%v first=%d", i, ok, rec.First)
+		}
+		for p := range len(rec.Data) / PageBytes {
+			want := i<<16 | uint64(p)
+			if binary.LittleEndian.Uint64(rec.Data[p*PageBytes:]) != want ||
+				binary.LittleEndian.Uint64(rec.Data[(p+1)*PageBytes-8:]) != want {
+				t.Fatalf("record %d page %d was overwritten", i, p)
+			}
+		}
+		r.Done()
+	}
+	if err := <-sent; err != nil {
+		t.Fatal(err)
+	}
+}
+
+func TestFullRingGivesUpInTime(t *testing.T) {
+	a, f, err := Create([]int{4})
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer a.Close()
+	defer f.Close()
+	r := a.Ring(0)
+	for range 2 {
+		if _, ok := r.Reserve(2, 0); !ok {
+			t.Fatal("an empty ring had no room")
+		}
+		r.Publish(0, 0, 2, ByScan)
+	}
+	begin := time.Now()
+	if _, ok := r.Reserve(1, 20*time.Millisecond); ok {
+		t.Fatal("a full ring had room")
+	}
+	if waited := time.Since(begin); waited < 20*time.Millisecond {
+		t.Fatalf("gave up after %v", waited)
+	}
+	if _, ok, _, err := r.Next(0); !ok || err != nil {
+		t.Fatal("the record is not there", err)
+	}
+	r.Done()
+	if _, ok := r.Reserve(2, 0); !ok {
+		t.Fatal("what was given back cannot be reserved")
+	}
+}
+
+func TestHostileArenaIsRefused(t *testing.T) {
+	f, err := os.CreateTemp(t.TempDir(), "")
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer f.Close()
+	f.Write(bytes.Repeat([]byte{0xff}, 3*PageBytes))
+	if _, err := Open(f); !errors.Is(err, ErrCorrupt) {
+		t.Fatalf("opened garbage: %v", err)
+	}
+
+	a, g, err := Create([]int{8})
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer a.Close()
+	defer g.Close()
+	r := a.Ring(0)
+	r.put(slot{pages: 9, start: 1, flags: uint32(ByScan)})
+	if _, _, _, err := r.Next(0); !errors.Is(err, ErrCorrupt) {
+		t.Fatalf("took a record outside the ring: %v", err)
+	}
+}

@@ -1,0 +1,198 @@
+package arena
+
+import (
+	"fmt"
+	"sync/atomic"
+	"time"
+)
+
+// Record says which pages the producer captured. Data is nil for a run of
+// zero pages. Data points into the arena and is the consumer's until Done.
+type Record struct {
+	Block  int    // index of the RAMBlock
+	First  uint64 // first page of the run, in pages from the block's start
+	Pages  uint64 // length of the run in pages
+	Origin Origin
+	Data   []byte
+}
+
+// Origin says what caused a capture.
+type Origin uint32
+
+const (
+	ByScan  Origin = iota // the background scan came by
+	ByFault               // the guest wrote to the page
+	end                   // the producer is finished; internal
+)
+
+const flagZero = 1 << 8
+
+// Ring is a single-producer single-consumer queue of records with page data.
+type Ring struct {
+	h     *ringControl
+	slots []slot
+	data  []byte
+	pages uint64 // data pages in the ring
+
+	// producer only
+	headSlot uint64 // records published
+	headPage uint64 // data pages allocated since creation, skipped ones included
+	// consumer only
+	tailSlot uint64
+}
+
+// Reserve waits until n contiguous data pages are free and returns them. It
+// gives up after wait and reports false: the consumer does not keep up. n must
+// not exceed MaxReserve.
+func (r *Ring) Reserve(n int, wait time.Duration) ([]byte, bool) {
+	need := uint64(n)
+	at := r.headPage % r.pages
+	skip := uint64(0)
+	if at+need > r.pages { // a record's data never wraps
+		skip, at = r.pages-at, 0
+	}
+	if !r.waitSpace(r.headPage+skip+need, wait) {
+		return nil, false
+	}
+	r.headPage += skip
+	return r.data[at*PageBytes : (at+need)*PageBytes], true
+}
+
+// MaxReserve is the longest run, in pages, that Reserve can be asked for.
+func (r *Ring) MaxReserve() int { return int(r.pages / 2) }
+
+// FreePages is how many data pages are free now; the consumer may free more.
+func (r *Ring) FreePages() int {
+	return int(r.pages - (r.headPage - atomic.LoadUint64(&r.h.tailPage)))
+}
+
+// Pages is the capacity in data pages.
+func (r *Ring) Pages() int { return int(r.pages) }
+
+// waitSpace waits until the data pages up to position end and one record slot
+// are free.
+func (r *Ring) waitSpace(end uint64, wait time.Duration) bool {
+	var deadline time.Time
+	for {
+		seq := atomic.LoadUint32(&r.h.tailSeq)
+		if end-atomic.LoadUint64(&r.h.tailPage) <= r.pages &&
+			r.headSlot-atomic.LoadUint64(&r.h.tailSlot) < uint64(len(r.slots)) {
+			return true
+		}
+		now := time.Now()
+		if deadline.IsZero() {
+			deadline = now.Add(wait)
+		}
+		left := deadline.Sub(now)
+		if left <= 0 {
+			return false
+		}
+		atomic.StoreUint32(&r.h.producerWaits, 1)
+		if atomic.LoadUint32(&r.h.tailSeq) == seq {
+			futexWait(&r.h.tailSeq, seq, left)
+		}
+		atomic.StoreUint32(&r.h.producerWaits, 0)
+	}
+}
+
+// Publish hands the last reserved pages to the consumer as a run of block.
+func (r *Ring) Publish(block int, first, pages uint64, origin Origin) {
+	start := r.headPage % r.pages
+	r.headPage += pages
+	r.put(slot{block: uint32(block), flags: uint32(origin), first: first, pages: uint32(pages),
+		start: uint32(start), endPage: r.headPage})
+}
+
+// PublishZero hands over a run of zero pages, which needs no data. It reports
+// false when no record slot became free within wait.
+func (r *Ring) PublishZero(block int, first, pages uint64, origin Origin, wait time.Duration) bool {
+	for pages > 0 {
+		n := min(pages, 1<<31)
+		if !r.waitSpace(r.headPage, wait) {
+			return false
+		}
+		r.put(slot{block: uint32(block), flags: uint32(origin) | flagZero, first: first,
+			pages: uint32(n), endPage: r.headPage})
+		first, pages = first+n, pages-n
+	}
+	return true
+}
+
+// Finish tells the consumer that nothing more will come.
+func (r *Ring) Finish(wait time.Duration) bool {
+	if !r.waitSpace(r.headPage, wait) {
+		return false
+	}
+	r.put(slot{flags: uint32(end), endPage: r.headPage})
+	return true
+}
+
+func (r *Ring) put(s slot) {
+	r.slots[r.headSlot%uint64(len(r.slots))] = s
+	r.headSlot++
+	atomic.StoreUint64(&r.h.headSlot, r.headSlot)
+	atomic.AddUint32(&r.h.headSeq, 1)
+	if atomic.LoadUint32(&r.h.consumerWaits) != 0 {
+		futexWake(&r.h.headSeq)
+	}
+}
+
+// Next returns the next record. ok is false when none came within wait; done is
+// true once the producer finished. Each record must be given back by Done before
+// the next call.
+func (r *Ring) Next(wait time.Duration) (rec Record, ok, done bool, err error) {
+	if !r.waitRecord(wait) {
+		return Record{}, false, false, nil
+	}
+	s := r.slots[r.tailSlot%uint64(len(r.slots))]
+	origin := Origin(s.flags &^ flagZero)
+	switch {
+	case origin == end:
+		return Record{}, false, true, nil
+	case origin > end:
+		return Record{}, false, false, fmt.Errorf("%w: record flags %#x", ErrCorrupt, s.flags)
+	}
+	rec = Record{Block: int(s.block), First: s.first, Pages: uint64(s.pages), Origin: origin}
+	if s.flags&flagZero == 0 {
+		if uint64(s.start)+uint64(s.pages) > r.pages || s.pages == 0 {
+			return Record{}, false, false, fmt.Errorf("%w: record of %d pages at %d of %d", ErrCorrupt, s.pages, s.start, r.pages)
+		}
+		rec.Data = r.data[uint64(s.start)*PageBytes : (uint64(s.start)+uint64(s.pages))*PageBytes]
+	}
+	return rec, true, false, nil
+}
+
+func (r *Ring) waitRecord(wait time.Duration) bool {
+	var deadline time.Time
+	for {
+		seq := atomic.LoadUint32(&r.h.headSeq)
+		if atomic.LoadUint64(&r.h.headSlot) != r.tailSlot {
+			return true
+		}
+		now := time.Now()
+		if deadline.IsZero() {
+			deadline = now.Add(wait)
+		}
+		left := deadline.Sub(now)
+		if left <= 0 {
+			return false
+		}
+		atomic.StoreUint32(&r.h.consumerWaits, 1)
+		if atomic.LoadUint32(&r.h.headSeq) == seq {
+			futexWait(&r.h.headSeq, seq, left)
+		}
+		atomic.StoreUint32(&r.h.consumerWaits, 0)
+	}
+}
+
+// Done gives the last record's data back to the producer.
+func (r *Ring) Done() {
+	s := r.slots[r.tailSlot%uint64(len(r.slots))]
+	r.tailSlot++
+	atomic.StoreUint64(&r.h.tailPage, s.endPage)
+	atomic.StoreUint64(&r.h.tailSlot, r.tailSlot)
+	atomic.AddUint32(&r.h.tailSeq, 1)
+	if atomic.LoadUint32(&r.h.producerWaits) != 0 {
+		futexWake(&r.h.tailSeq)
+	}
+}
