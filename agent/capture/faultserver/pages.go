@@ -1,0 +1,202 @@
+package faultserver
+
+import (
+	"math/bits"
+	"sync/atomic"
+
+	"github.com/ckagent/ckagent/agent/capture/source"
+)
+
+const (
+	pageBytes = source.PageBytes
+	wordPages = 64                    // pages per bitmap word: the scanner's step
+	hugePages = 512                   // pages per huge page
+	hugeWords = hugePages / wordPages // bitmap words per huge page
+)
+
+// pageTable is the state of a RAMBlock's pages. Each bit is set by an atomic
+// operation and has one meaning:
+//
+//	dirty      tracking: written since it was last armed, so it is not armed.
+//	populated  had content when the memory was frozen. Kept only where the page
+//	           table alone cannot tell a discarded page (file-backed blocks).
+//	claimed    capturing: one thread owns the page and will make it done.
+//	done       captured, proved, and its protection lifted or about to be.
+//	hot        was dirty in tracking: scanned first.
+//	huge       one bit per huge page: was mapped huge when it was armed.
+//
+// armed -> (fault, tracking) dirty -> (re-arm) armed -> claimed -> done.
+type pageTable struct {
+	block     source.Block
+	dirty     []uint64
+	populated []uint64 // nil for anonymous memory
+	claimed   []uint64
+	done      []uint64
+	hot       []uint64
+	huge      []uint64
+	hugeOK    bool // the block starts on a huge page boundary
+}
+
+func newPageTable(b source.Block) *pageTable {
+	words := int((b.Pages + wordPages - 1) / wordPages)
+	t := &pageTable{
+		block:   b,
+		dirty:   make([]uint64, words),
+		claimed: make([]uint64, words),
+		done:    make([]uint64, words),
+		hot:     make([]uint64, words),
+		huge:    make([]uint64, (words+hugeWords*wordPages-1)/(hugeWords*wordPages)+1),
+		hugeOK:  b.HVA%(hugePages*pageBytes) == 0,
+	}
+	if b.Kind != source.Anonymous {
+		t.populated = make([]uint64, words)
+	}
+	return t
+}
+
+// words is the number of bitmap words.
+func (t *pageTable) words() int { return len(t.claimed) }
+
+// full is the mask of the pages of word w that exist.
+func (t *pageTable) full(w int) uint64 {
+	left := t.block.Pages - uint64(w)*wordPages
+	if left >= wordPages {
+		return ^uint64(0)
+	}
+	return 1<<left - 1
+}
+
+// claim takes the pages of mask in word w that nobody has and returns them.
+func (t *pageTable) claim(w int, mask uint64) uint64 {
+	return mask &^ atomic.OrUint64(&t.claimed[w], mask)
+}
+
+func (t *pageTable) isClaimed(page uint64) bool {
+	return atomic.LoadUint64(&t.claimed[page/wordPages])>>(page%wordPages)&1 != 0
+}
+
+func (t *pageTable) isDone(page uint64) bool {
+	return atomic.LoadUint64(&t.done[page/wordPages])>>(page%wordPages)&1 != 0
+}
+
+// setRange sets the bits of pages [first, first+n) in a bitmap.
+func setRange(bitmap []uint64, first, n uint64) {
+	for n > 0 {
+		off := first % wordPages
+		k := min(n, wordPages-off)
+		atomic.OrUint64(&bitmap[first/wordPages], maskOf(off, k))
+		first, n = first+k, n-k
+	}
+}
+
+// anySet reports whether a bit of pages [first, first+n) is set in a bitmap.
+func anySet(bitmap []uint64, first, n uint64) bool {
+	for n > 0 {
+		off := first % wordPages
+		k := min(n, wordPages-off)
+		if atomic.LoadUint64(&bitmap[first/wordPages])&maskOf(off, k) != 0 {
+			return true
+		}
+		first, n = first+k, n-k
+	}
+	return false
+}
+
+// maskOf is n ones from bit off on; off+n <= 64.
+func maskOf(off, n uint64) uint64 {
+	if n == wordPages {
+		return ^uint64(0)
+	}
+	return (1<<n - 1) << off
+}
+
+// isHuge reports whether page was mapped by a huge page when it was armed.
+func (t *pageTable) isHuge(page uint64) bool {
+	region := page / hugePages
+	return t.hugeOK && t.huge[region/64]>>(region%64)&1 != 0
+}
+
+func (t *pageTable) markHuge(region uint64) {
+	atomic.OrUint64(&t.huge[region/64], 1<<(region%64))
+}
+
+// granule is the run of pages around page that tracking lets through at once:
+// the whole huge page where there is one, so that it is not split; 16 pages of
+// anonymous memory, because re-arming costs per call and not per page; one page
+// of file-backed memory, whose populated pages must be known exactly.
+func (t *pageTable) granule(page uint64) (first, n uint64) {
+	switch {
+	case t.isHuge(page):
+		first, n = page&^(hugePages-1), hugePages
+	case t.populated == nil:
+		first, n = page&^15, 16
+	default:
+		return page, 1
+	}
+	return first, min(n, t.block.Pages-first)
+}
+
+// takeDirty clears the dirty bits, remembers them as hot, and calls arm for each
+// run of pages that was dirty, merging runs across words.
+func (t *pageTable) takeDirty(arm func(first, n uint64) error) (runs int, err error) {
+	var first, n uint64
+	flush := func() error {
+		if n == 0 {
+			return nil
+		}
+		runs++
+		err := arm(first, n)
+		n = 0
+		return err
+	}
+	for w := range t.dirty {
+		if atomic.LoadUint64(&t.dirty[w]) == 0 {
+			continue
+		}
+		m := atomic.SwapUint64(&t.dirty[w], 0)
+		t.hot[w] |= m
+		for m != 0 {
+			off, k := lowestRun(m)
+			m &^= maskOf(off, k)
+			at := uint64(w)*wordPages + off
+			if n > 0 && at == first+n {
+				n += k
+				continue
+			}
+			if err := flush(); err != nil {
+				return runs, err
+			}
+			first, n = at, k
+		}
+	}
+	return runs, flush()
+}
+
+// lowestRun is the lowest run of ones in m, which is not zero.
+func lowestRun(m uint64) (off, n uint64) {
+	off = uint64(bits.TrailingZeros64(m))
+	return off, uint64(bits.TrailingZeros64(^(m >> off)))
+}
+
+// around picks the pages to capture with page when the guest faulted on it: up
+// to n pages of its word, aligned to n, that nobody has claimed yet and that are
+// contiguous with it. n is a power of two of at most 64.
+func (t *pageTable) around(page, n uint64) uint64 {
+	off := page % wordPages
+	free := ^atomic.LoadUint64(&t.claimed[page/wordPages]) & maskOf(off&^(n-1), n) & t.full(int(page/wordPages))
+	if free>>off&1 == 0 {
+		return 0
+	}
+	up := uint64(bits.TrailingZeros64(^(free >> off)))         // ones from off upwards
+	down := uint64(bits.LeadingZeros64(^(free << (63 - off)))) // ones from off downwards
+	return maskOf(off+1-down, up+down-1)
+}
+
+// captured counts the pages that are done.
+func (t *pageTable) captured() uint64 {
+	var n uint64
+	for w := range t.done {
+		n += uint64(bits.OnesCount64(atomic.LoadUint64(&t.done[w])))
+	}
+	return n
+}

@@ -1,0 +1,32 @@
+package source
+
+import (
+	"fmt"
+	"syscall"
+	"unsafe"
+
+	"golang.org/x/sys/unix"
+)
+
+// ReadMemory copies len(dst) bytes at addr of the process into dst. It neither
+// allocates nor yields to the scheduler, so it can serve a fault; a copy of a
+// megabyte holds its thread for some hundred microseconds.
+func ReadMemory(pid int, addr uint64, dst []byte) error {
+	for len(dst) > 0 {
+		local := unix.Iovec{Base: &dst[0], Len: uint64(len(dst))}
+		remote := unix.RemoteIovec{Base: uintptr(addr), Len: len(dst)}
+		n, _, errno := syscall.RawSyscall6(unix.SYS_PROCESS_VM_READV, uintptr(pid),
+			uintptr(unsafe.Pointer(&local)), 1, uintptr(unsafe.Pointer(&remote)), 1, 0)
+		if errno == unix.EINTR {
+			continue
+		}
+		if errno != 0 {
+			return fmt.Errorf("read %d bytes at %#x of process %d: %w", len(dst), addr, pid, errno)
+		}
+		if n == 0 {
+			return fmt.Errorf("read %d bytes at %#x of process %d: %w", len(dst), addr, pid, unix.EFAULT)
+		}
+		dst, addr = dst[n:], addr+uint64(n)
+	}
+	return nil
+}

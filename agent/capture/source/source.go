@@ -1,0 +1,204 @@
+package source
+
+import (
+	"errors"
+	"fmt"
+	"os"
+
+	"github.com/ckagent/ckagent/uffd/pagemap"
+)
+
+// PageBytes is the page size of the RAM a Source reads.
+const PageBytes = 4096
+
+// Kind is what backs a RAMBlock, as far as reading it is concerned.
+type Kind uint8
+
+const (
+	Anonymous Kind = iota
+	PrivateFile
+	Shared
+)
+
+// Block is one RAMBlock as it lies in the process.
+type Block struct {
+	HVA   uint64 // address of its first byte, page aligned
+	Pages uint64 // length in pages
+	Kind  Kind
+}
+
+// End is the address after the block's last byte.
+func (b Block) End() uint64 { return b.HVA + b.Pages*PageBytes }
+
+// Run is a run of pages of one block that all have content, or all read as zero.
+type Run struct {
+	First, Pages uint64
+	Zero         bool
+}
+
+// Source reads the RAM of one process.
+type Source struct {
+	pid    int
+	pm     *pagemap.Pagemap
+	blocks []source
+}
+
+type source struct {
+	Block
+	file       *os.File // what a file-backed block maps; nil for Anonymous
+	fileOffset int64    // offset in file of the block's first byte
+}
+
+// Open prepares reading blocks of the process.
+func Open(pid int, blocks []Block) (*Source, error) {
+	pm, err := pagemap.Open(pid)
+	if err != nil {
+		return nil, fmt.Errorf("open the page map of %d: %w", pid, err)
+	}
+	s := &Source{pid: pid, pm: pm, blocks: make([]source, len(blocks))}
+	for i, b := range blocks {
+		if b.HVA%PageBytes != 0 || b.Pages == 0 || b.Pages > 1<<40/PageBytes {
+			return nil, errors.Join(fmt.Errorf("block %d: %d pages at %#x", i, b.Pages, b.HVA), s.Close())
+		}
+		s.blocks[i].Block = b
+		if b.Kind == Anonymous {
+			continue
+		}
+		if s.blocks[i].file, s.blocks[i].fileOffset, err = openMapped(pid, b.HVA); err != nil {
+			return nil, errors.Join(fmt.Errorf("block %d: open what is mapped at %#x: %w", i, b.HVA, err), s.Close())
+		}
+	}
+	return s, nil
+}
+
+// Close lets go of the process.
+func (s *Source) Close() error {
+	errs := []error{s.pm.Close()}
+	for _, b := range s.blocks {
+		if b.file != nil {
+			errs = append(errs, b.file.Close())
+		}
+	}
+	return errors.Join(errs...)
+}
+
+// Blocks is the number of blocks.
+func (s *Source) Blocks() int { return len(s.blocks) }
+
+// Block returns block i.
+func (s *Source) Block(i int) Block { return s.blocks[i].Block }
+
+// Pagemap is the page map the Source reads from.
+func (s *Source) Pagemap() *pagemap.Pagemap { return s.pm }
+
+// Read copies the pages from first on into dst, whose length is a multiple of
+// the page size.
+func (s *Source) Read(block int, first uint64, dst []byte) error {
+	b := &s.blocks[block]
+	if first+uint64(len(dst)/PageBytes) > b.Pages {
+		return fmt.Errorf("read %d bytes at page %d of a block of %d pages", len(dst), first, b.Pages)
+	}
+	return ReadMemory(s.pid, b.HVA+first*PageBytes, dst)
+}
+
+// Runs appends to out the runs that make up the pages [first, first+n) of block.
+func (s *Source) Runs(block int, first, n uint64, out []Run) ([]Run, error) {
+	b := &s.blocks[block]
+	if first+n > b.Pages || n == 0 {
+		return out, fmt.Errorf("runs of %d pages at page %d of a block of %d pages", n, first, b.Pages)
+	}
+	var err error
+	mark := len(out)
+	switch b.Kind {
+	case Anonymous:
+		out, err = s.mappedRuns(b, first, n, out)
+	case Shared:
+		out, err = b.fileRuns(first, n, out)
+	case PrivateFile:
+		var mapped []Run
+		if mapped, err = s.mappedRuns(b, first, n, nil); err != nil {
+			break
+		}
+		for _, r := range mapped {
+			if !r.Zero {
+				out = appendRun(out, mark, r)
+			} else if out, err = b.fileRunsFrom(mark, r.First, r.Pages, out); err != nil {
+				break
+			}
+		}
+	}
+	return out, err
+}
+
+// appendRun adds r to out, merging it with the last run since mark if they are
+// alike.
+func appendRun(out []Run, mark int, r Run) []Run {
+	if r.Pages == 0 {
+		return out
+	}
+	if n := len(out); n > mark && out[n-1].Zero == r.Zero && out[n-1].First+out[n-1].Pages == r.First {
+		out[n-1].Pages += r.Pages
+		return out
+	}
+	return append(out, r)
+}
+
+// mappedRuns answers from the page table: content is what is present, except for
+// mappings of the zero page, and what is swapped out or migrating.
+func (s *Source) mappedRuns(b *source, first, n uint64, out []Run) ([]Run, error) {
+	var regions [128]pagemap.Region
+	mark := len(out)
+	at, end := b.HVA+first*PageBytes, b.HVA+(first+n)*PageBytes
+	page := func(addr uint64) uint64 { return (addr - b.HVA) / PageBytes }
+	run := func(from, to uint64, zero bool) Run {
+		return Run{First: page(from), Pages: page(to) - page(from), Zero: zero}
+	}
+	q := pagemap.Query{AnyOf: pagemap.IsPresent | pagemap.IsSwapped,
+		Return: pagemap.IsSwapped | pagemap.IsPFNZero}
+	err := s.pm.ScanAll(at, end, q, regions[:], func(r pagemap.Region) bool {
+		out = appendRun(out, mark, run(at, r.Start, true))
+		at = r.End
+		if r.Categories&pagemap.IsSwapped == 0 {
+			out = appendRun(out, mark, run(r.Start, r.End, r.Categories&pagemap.IsPFNZero != 0))
+			return true
+		}
+		// A write-protect marker on nothing is reported as swapped too; only
+		// the entries tell them apart.
+		out = s.entryRuns(b, page(r.Start), page(r.End), mark, out)
+		return true
+	})
+	if err != nil {
+		return out[:mark], err
+	}
+	return appendRun(out, mark, run(at, end, true)), nil
+}
+
+// entryRuns classifies the pages [first, end) by their pagemap entries. What
+// cannot be read counts as content: reading it will tell.
+func (s *Source) entryRuns(b *source, first, end uint64, mark int, out []Run) []Run {
+	var entries [512]pagemap.Entry
+	for first < end {
+		n, err := s.pm.Entries(b.HVA+first*PageBytes, entries[:min(end-first, uint64(len(entries)))])
+		if err != nil || n == 0 {
+			return appendRun(out, mark, Run{First: first, Pages: end - first})
+		}
+		for _, e := range entries[:n] {
+			zero := !e.Present() && (!e.Swapped() || e&swapTypeMask == swapTypeMarker)
+			out = appendRun(out, mark, Run{First: first, Pages: 1, Zero: zero})
+			first++
+		}
+	}
+	return out
+}
+
+// The low bits of a swapped entry are the swap type. The kernel gives real swap
+// files the lowest types and PTE markers the last of the 32
+// (include/linux/swap.h, SWP_PTE_MARKER).
+const (
+	swapTypeMask   = 1<<5 - 1
+	swapTypeMarker = 31
+)
+
+func (b *source) fileRuns(first, n uint64, out []Run) ([]Run, error) {
+	return b.fileRunsFrom(len(out), first, n, out)
+}
