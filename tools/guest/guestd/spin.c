@@ -1,0 +1,61 @@
+// The gap measurer: one thread that never sleeps and looks at a clock all the
+// time, and from now and then lets the host see that it is alive.
+//
+// The TSC of a TCG guest is QEMU's virtual clock: it stands still while the
+// machine is stopped, so the guest cannot see a pause in it. What it does see
+// are the stalls while the machine runs (write-protect faults, page-ins, the
+// scheduler). Both together are seen from outside: with GD_BEAT_US=n the thread
+// writes a running number to port 0xe9 every n microseconds of its own time; an
+// isa-debugcon on a UDP chardev makes each a datagram which the host's kernel
+// stamps in the vCPU thread's own context, so the reader's scheduling adds
+// nothing. Under KVM the TSC runs through a pause and the GAP lines show it.
+#include "guestd.h"
+#include <sys/io.h>
+#include <unistd.h>
+
+static _Atomic u64 longest_ticks, beats, laps;
+static double ticks_per_us;
+
+static void *spin(void *arg) {
+	(void)arg;
+	long cpu = (long)param_u64("SPIN", 0);
+	pin(cpu);
+	u64 beat = param_u64("BEAT_US", 0) * (u64)ticks_per_us;
+	if (beat && iopl(3)) {
+		say("FATAL iopl: no access to port 0xe9");
+		beat = 0;
+	}
+	u64 last = rdtsc(), next = last, n = 0;
+	unsigned char number = 0;
+	for (;;) {
+		u64 now = rdtsc(), gap = now - last;
+		last = now;
+		if (gap > atomic_load_explicit(&longest_ticks, memory_order_relaxed))
+			atomic_store_explicit(&longest_ticks, gap, memory_order_relaxed);
+		if ((++n & 0xffff) == 0)
+			atomic_store_explicit(&laps, n, memory_order_relaxed);
+		if (beat && now >= next) {
+			outb(number++, 0xe9);
+			atomic_fetch_add_explicit(&beats, 1, memory_order_relaxed);
+			next = now + beat;
+		}
+	}
+	return NULL;
+}
+
+void spin_start(void) {
+	if (!param("SPIN", NULL))
+		return;
+	u64 t0 = mono_ns(), c0 = rdtsc();
+	sleep_until(t0 + 100000000ull);
+	ticks_per_us = (double)(rdtsc() - c0) * 1000.0 / (double)(mono_ns() - t0);
+	spawn(spin, NULL, "spin");
+}
+
+void spin_report(void) {
+	if (ticks_per_us == 0)
+		return;
+	u64 t = atomic_exchange(&longest_ticks, 0);
+	say("GAP max_us=%.0f laps=%llu beats=%llu", (double)t / ticks_per_us, (unsigned long long)laps,
+	    (unsigned long long)beats);
+}
