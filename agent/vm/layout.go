@@ -1,0 +1,545 @@
+package vm
+
+import (
+	"bytes"
+	"context"
+	"errors"
+	"fmt"
+	"io"
+	"slices"
+	"strings"
+
+	"github.com/ckagent/ckagent/agent/problem"
+)
+
+// RAMBlock is one block of guest memory as QEMU keeps it and where it lies in
+// QEMU's address space. All sizes are bytes.
+type RAMBlock struct {
+	Name       string     `json:"name"`        // idstr, as in the migration stream
+	UsedBytes  uint64     `json:"used_bytes"`  // what the guest has and a checkpoint saves
+	TotalBytes uint64     `json:"total_bytes"` // what is mapped; larger for resizable blocks (ACPI tables)
+	HVA        uint64     `json:"hva"`         // start in QEMU's address space
+	GPA        int64      `json:"gpa"`         // guest-physical address of the block's first byte; -1 when not mapped now
+	Ranges     []GPARange `json:"ranges,omitempty"`
+	PageBytes  uint64     `json:"page_bytes"` // 4096, or the huge page size of hugetlbfs
+	Backing    Backing    `json:"backing"`
+	FileType   string     `json:"file_type,omitempty"` // file system: tmpfs, ext4, hugetlbfs
+	FilePath   string     `json:"file_path,omitempty"` // as QEMU sees it
+	Shared     bool       `json:"shared"`              // MAP_SHARED
+	ReadOnly   bool       `json:"read_only"`           // the guest cannot write it (ROM), as far as is known
+	Main       bool       `json:"main"`                // guest RAM proper (a memory backend), as against ROM, VGA, pflash, tables
+	How        string     `json:"how"`                 // what found it, see the How constants
+	VMAs       []VMA      `json:"vmas,omitempty"`      // adjacent, covering [HVA, HVA+TotalBytes)
+}
+
+// GPARange is a piece of a block as it appears in the guest's physical memory.
+type GPARange struct {
+	GPA    uint64 `json:"gpa"`
+	Offset uint64 `json:"offset"` // into the block
+	Bytes  uint64 `json:"bytes"`
+}
+
+// What found a block's address; every one of them is checked by size,
+// permissions and an unbroken mapping that no other block lies in.
+const (
+	HowMonitor = "ramblock" // `info ramblock` says it (QEMU 8.2 and later)
+	HowGPA     = "gpa2hva"  // mapped in the guest, address asked of QEMU
+	HowRecord  = "record"   // QEMU's own record of the block, read from its heap
+	HowSize    = "size"     // the only unclaimed RAM mapping of this size
+	HowContent = "content"  // read-only blocks of one size with equal content: interchangeable
+)
+
+var (
+	errAmbiguous = errors.New("cannot be told apart")
+	errMoved     = errors.New("the memory layout changed while it was read")
+)
+
+// mapBytes is the length of the mapping: QEMU rounds up to the page size.
+func (b *ramblockLine) mapBytes() uint64 { return (b.total + b.pageBytes - 1) &^ (b.pageBytes - 1) }
+
+// ResolveLayout finds where every RAM block of the machine lies, or refuses. It
+// changes nothing; it reads /proc/PID and asks the monitor.
+//
+// Without hints everything is established and cross-checked (tens of ms). With
+// hints, blocks recorded from the same machine before, names, sizes, GPA and Main
+// are compared with them and the expensive readings (smaps, the memory tree) are
+// left out; blocks that do not match the hints make it fall back to the long way.
+// The result is sorted as QEMU lists its blocks.
+func ResolveLayout(ctx context.Context, p *Process, q Monitor, hints []RAMBlock) ([]RAMBlock, error) {
+	const attempts = 3 // hotplug or an ACPI table resize in between is rare and short
+	var err error
+	for range attempts {
+		var blocks []RAMBlock
+		if blocks, err = resolveOnce(ctx, p, q, hints); err == nil {
+			return blocks, nil
+		}
+		if !errors.Is(err, errMoved) {
+			break
+		}
+	}
+	if gone := p.Check(); gone != nil {
+		return nil, gone
+	}
+	if ctx.Err() != nil {
+		return nil, ctx.Err()
+	}
+	var known *problem.Error
+	if errors.As(err, &known) {
+		return nil, err
+	}
+	code, hint := problem.Failed, ""
+	switch {
+	case errors.Is(err, errAmbiguous), errors.Is(err, errHMP):
+		code, hint = problem.Refused, "this QEMU's memory layout is not understood; a support bundle of this VM helps to teach it"
+	case errors.Is(err, errMoved):
+		code, hint = problem.Busy, "memory is being plugged; try again"
+	}
+	return nil, problem.New(code, "resolve memory layout", p.String(), "%w", err).WithHint("%s", hint)
+}
+
+func resolveOnce(ctx context.Context, p *Process, q Monitor, hints []RAMBlock) ([]RAMBlock, error) {
+	text, err := q.HMP(ctx, "info ramblock")
+	if err != nil {
+		return nil, err
+	}
+	lines, err := parseRAMBlocks(text)
+	if err != nil {
+		return nil, err
+	}
+	r := &resolver{p: p, q: q, lines: lines, host: make(map[string]uint64), how: make(map[string]string)}
+	if matchHints(lines, hints) {
+		return r.fast(ctx, hints)
+	}
+	blocks, err := r.full(ctx)
+	if err != nil {
+		return nil, err
+	}
+	// Hotplug while we looked would have mixed two layouts.
+	again, err := q.HMP(ctx, "info ramblock")
+	if err != nil {
+		return nil, err
+	}
+	if again != text {
+		return nil, errMoved
+	}
+	return blocks, nil
+}
+
+// matchHints reports whether hints name exactly these blocks with these sizes.
+// Used may differ: resizable blocks take the incoming size later.
+func matchHints(lines []ramblockLine, hints []RAMBlock) bool {
+	if len(hints) != len(lines) {
+		return false
+	}
+	byName := make(map[string]*RAMBlock, len(hints))
+	for i := range hints {
+		byName[hints[i].Name] = &hints[i]
+	}
+	for i := range lines {
+		h := byName[lines[i].name]
+		if h == nil || h.TotalBytes != lines[i].total {
+			return false
+		}
+	}
+	return true
+}
+
+// resolver is the state of one attempt.
+type resolver struct {
+	p     *Process
+	q     Monitor
+	lines []ramblockLine
+	vmas  []VMA
+	host  map[string]uint64 // block name -> HVA
+	how   map[string]string
+}
+
+// claim notes that a block lies at hva. Two methods that contradict each other
+// end the attempt: a guess between them could cost the guest its memory.
+func (r *resolver) claim(b *ramblockLine, hva uint64, how string) error {
+	if vmasAt(r.vmas, hva, b.mapBytes()) == nil {
+		return fmt.Errorf("%w: block %q (%d bytes) at 0x%x by %s: no mapping of that size starts there",
+			errMoved, b.name, b.total, hva, how)
+	}
+	if old, ok := r.host[b.name]; ok {
+		if old != hva {
+			return fmt.Errorf("%w: block %q is at 0x%x by %s but at 0x%x by %s", errAmbiguous, b.name, old, r.how[b.name], hva, how)
+		}
+		return nil
+	}
+	r.host[b.name], r.how[b.name] = hva, how
+	return nil
+}
+
+// claimDirect uses what needs no guest address: the monitor's own column, then
+// QEMU's records.
+func (r *resolver) claimDirect() error {
+	var missing []ramblockLine
+	for i := range r.lines {
+		b := &r.lines[i]
+		if b.hva == 0 {
+			missing = append(missing, *b)
+			continue
+		}
+		if err := r.claim(b, b.hva, HowMonitor); err != nil {
+			return err
+		}
+	}
+	if len(missing) == 0 {
+		return nil
+	}
+	mem, err := r.p.processMemory()
+	if err != nil {
+		return err
+	}
+	defer mem.Close()
+	found, err := newRecordFinder(mem, r.vmas).find(missing)
+	if err != nil {
+		return err
+	}
+	for i := range missing {
+		if hva, ok := found[missing[i].name]; ok {
+			if err := r.claim(&missing[i], hva, HowRecord); err != nil {
+				return err
+			}
+		}
+	}
+	return nil
+}
+
+func (r *resolver) full(ctx context.Context) ([]RAMBlock, error) {
+	var err error
+	if r.vmas, err = r.p.ReadSmaps(); err != nil {
+		return nil, err
+	}
+	if err = r.claimDirect(); err != nil {
+		return nil, err
+	}
+	ranges, err := r.claimMapped(ctx)
+	if err != nil {
+		return nil, err
+	}
+	if err = r.claimBySize(); err != nil {
+		return nil, err
+	}
+	blocks, err := r.prove(true)
+	if err != nil {
+		return nil, err
+	}
+	main, err := mainBlocks(ctx, r.q, blocks)
+	if err != nil {
+		return nil, err
+	}
+	for i := range blocks {
+		b := &blocks[i]
+		b.Main = main[b.Name]
+		for _, g := range ranges[b.Name] {
+			b.Ranges = append(b.Ranges, g.GPARange)
+			if g.Offset == 0 && b.GPA < 0 {
+				b.GPA = int64(g.GPA)
+			}
+			if g.kind == "rom" {
+				b.ReadOnly = true
+			}
+		}
+	}
+	return blocks, nil
+}
+
+// fast trusts the hints for what is not needed to find memory, and proves the
+// rest: HVA by the monitor or QEMU's records, one guest address of the largest
+// mapped block asked independently.
+func (r *resolver) fast(ctx context.Context, hints []RAMBlock) ([]RAMBlock, error) {
+	var err error
+	if r.vmas, err = r.p.ReadMaps(); err != nil {
+		return nil, err
+	}
+	if err = r.claimDirect(); err != nil {
+		return nil, err
+	}
+	byName := make(map[string]*RAMBlock, len(hints))
+	var probe *RAMBlock
+	for i := range hints {
+		h := &hints[i]
+		byName[h.Name] = h
+		if h.GPA >= 0 && h.Main && (probe == nil || h.TotalBytes > probe.TotalBytes) {
+			probe = h
+		}
+	}
+	if probe != nil {
+		text, err := r.q.HMP(ctx, fmt.Sprintf("gpa2hva 0x%x", probe.GPA))
+		if err != nil {
+			return nil, err
+		}
+		_, hva, ok, err := parseGPA2HVA(text, uint64(probe.GPA))
+		if err != nil {
+			return nil, err
+		}
+		if ok {
+			if err := r.claim(r.line(probe.Name), hva, HowGPA); err != nil {
+				return nil, err
+			}
+		}
+	}
+	for i := range r.lines {
+		if _, ok := r.host[r.lines[i].name]; !ok {
+			// No record of a block: take the long way.
+			return r.full(ctx)
+		}
+	}
+	blocks, err := r.prove(false)
+	if err != nil {
+		return nil, err
+	}
+	for i := range blocks {
+		b, h := &blocks[i], byName[blocks[i].Name]
+		b.GPA, b.Ranges, b.Main, b.ReadOnly = h.GPA, slices.Clone(h.Ranges), h.Main, b.ReadOnly || h.ReadOnly
+	}
+	return blocks, nil
+}
+
+func (r *resolver) line(name string) *ramblockLine {
+	for i := range r.lines {
+		if r.lines[i].name == name {
+			return &r.lines[i]
+		}
+	}
+	return nil
+}
+
+type kindRange struct {
+	GPARange
+	kind string
+}
+
+// maxGPAQueries bounds the monitor calls of one resolution; a machine has a
+// dozen ranges, one with many DIMMs some hundreds.
+const maxGPAQueries = 1024
+
+// claimMapped asks QEMU for the host address of every range of guest memory,
+// which proves blocks found otherwise and finds others, and returns the ranges by
+// block.
+func (r *resolver) claimMapped(ctx context.Context) (map[string][]kindRange, error) {
+	text, err := r.q.HMP(ctx, "info mtree -f")
+	if err != nil {
+		return nil, err
+	}
+	flat, err := parseFlatView(text)
+	if err != nil {
+		return nil, err
+	}
+	if len(flat) > maxGPAQueries {
+		return nil, fmt.Errorf("info mtree -f: %w: %d RAM ranges", errHMP, len(flat))
+	}
+	out := make(map[string][]kindRange)
+	for _, f := range flat {
+		text, err := r.q.HMP(ctx, fmt.Sprintf("gpa2hva 0x%x", f.gpa))
+		if err != nil {
+			return nil, err
+		}
+		region, hva, ok, err := parseGPA2HVA(text, f.gpa)
+		if err != nil {
+			return nil, err
+		}
+		if !ok || region != f.region || hva < f.offset {
+			continue // remapped since, or a flash in command mode
+		}
+		b := r.blockOfRegion(region, hva-f.offset, f.offset+f.bytes)
+		if b == nil {
+			continue // memory that is no block, such as a device's own
+		}
+		if err := r.claim(b, hva-f.offset, HowGPA); err != nil {
+			return nil, err
+		}
+		out[b.name] = append(out[b.name], kindRange{GPARange{GPA: f.gpa, Offset: f.offset, Bytes: f.bytes}, f.kind})
+	}
+	return out, nil
+}
+
+// blockOfRegion finds the block whose memory region is called region and starts
+// at hva. A block's name is the region's, perhaps behind a device path.
+func (r *resolver) blockOfRegion(region string, hva, atLeast uint64) *ramblockLine {
+	for i := range r.lines {
+		if h, ok := r.host[r.lines[i].name]; ok && h == hva {
+			return &r.lines[i]
+		}
+	}
+	var match *ramblockLine
+	for i := range r.lines {
+		b := &r.lines[i]
+		if _, done := r.host[b.name]; done || b.total < atLeast || vmasAt(r.vmas, hva, b.mapBytes()) == nil {
+			continue
+		}
+		if b.name != region && !strings.HasSuffix(b.name, "/"+region) {
+			continue
+		}
+		if match != nil {
+			return nil // two of that name and size: left to the other methods
+		}
+		match = b
+	}
+	return match
+}
+
+// claimBySize gives remaining blocks the only unclaimed RAM mapping of their
+// size, or, for read-only blocks whose candidates all hold the same bytes, any.
+// RAM mappings are those QEMU excludes from fork (VmFlags dc).
+func (r *resolver) claimBySize() error {
+	want := make(map[uint64][]*ramblockLine)
+	var sizes []uint64
+	for i := range r.lines {
+		b := &r.lines[i]
+		if _, ok := r.host[b.name]; !ok {
+			if len(want[b.mapBytes()]) == 0 {
+				sizes = append(sizes, b.mapBytes())
+			}
+			want[b.mapBytes()] = append(want[b.mapBytes()], b)
+		}
+	}
+	if len(want) == 0 {
+		return nil
+	}
+	claimed := make(map[uint64]bool)
+	for _, h := range r.host {
+		claimed[h] = true
+	}
+	have := make(map[uint64][]uint64)
+	for i := range r.vmas {
+		if v := &r.vmas[i]; v.Is("dc") && v.Writable() && !claimed[v.Start] {
+			have[v.Bytes()] = append(have[v.Bytes()], v.Start)
+		}
+	}
+	for _, size := range sizes {
+		blocks, at := want[size], have[size]
+		if len(blocks) != len(at) {
+			return fmt.Errorf("block %q: %w: %d mappings of %d bytes for %d blocks", blocks[0].name, errAmbiguous, len(at), size, len(blocks))
+		}
+		how := HowSize
+		if len(blocks) > 1 {
+			how = HowContent
+			for _, b := range blocks {
+				if !romName(b.name) {
+					return fmt.Errorf("block %q: %w: it can be written and %d mappings have its size", b.name, errAmbiguous, len(at))
+				}
+			}
+			if err := r.sameContent(at, size); err != nil {
+				return fmt.Errorf("block %q: %w", blocks[0].name, err)
+			}
+		}
+		for i, b := range blocks {
+			if err := r.claim(b, at[i], how); err != nil {
+				return err
+			}
+		}
+	}
+	return nil
+}
+
+// sameContent proves that mappings of one size hold the same bytes.
+func (r *resolver) sameContent(at []uint64, size uint64) error {
+	mem, err := r.p.processMemory()
+	if err != nil {
+		return err
+	}
+	defer mem.Close()
+	const chunk = 64 << 10
+	first, other := make([]byte, chunk), make([]byte, chunk)
+	for off := uint64(0); off < size; off += chunk {
+		n := min(chunk, size-off)
+		for i, a := range at {
+			dst := other[:n]
+			if i == 0 {
+				dst = first[:n]
+			}
+			if _, err := io.ReadFull(io.NewSectionReader(mem, int64(a+off), int64(n)), dst); err != nil {
+				return fmt.Errorf("read 0x%x: %w", a+off, err)
+			}
+			if i > 0 && !bytes.Equal(first[:n], dst) {
+				return fmt.Errorf("%w: the mappings at 0x%x and 0x%x differ", errAmbiguous, at[0], a)
+			}
+		}
+	}
+	return nil
+}
+
+// romName reports whether a block's name says that the guest cannot write it:
+// option ROMs and the blobs of the firmware configuration device.
+func romName(name string) bool {
+	return strings.HasSuffix(name, ".rom") || strings.HasPrefix(name, "/rom@")
+}
+
+// prove turns claims into blocks: each has an address, an unbroken writable
+// mapping of its size, to itself alone, with a known backing. flags says that
+// vmas come from smaps.
+func (r *resolver) prove(flags bool) ([]RAMBlock, error) {
+	out := make([]RAMBlock, 0, len(r.lines))
+	for i := range r.lines {
+		l := &r.lines[i]
+		hva, ok := r.host[l.name]
+		if !ok {
+			return nil, fmt.Errorf("block %q: %w: nothing says where it is", l.name, errAmbiguous)
+		}
+		vmas := vmasAt(r.vmas, hva, l.mapBytes())
+		if vmas == nil {
+			return nil, fmt.Errorf("%w: block %q at 0x%x", errMoved, l.name, hva)
+		}
+		v := &vmas[0]
+		if !v.Readable() {
+			return nil, fmt.Errorf("block %q: %w: its mapping is %s", l.name, errAmbiguous, v.Perms)
+		}
+		if flags && !v.Is("dc") {
+			return nil, fmt.Errorf("block %q: %w: the mapping at 0x%x is not marked as guest memory", l.name, errAmbiguous, hva)
+		}
+		b := RAMBlock{Name: l.name, UsedBytes: l.used, TotalBytes: l.total, HVA: hva, GPA: -1, PageBytes: l.pageBytes,
+			Shared: v.Shared(), ReadOnly: l.readOnly || romName(l.name) || !v.Writable(), How: r.how[l.name], VMAs: slices.Clone(vmas)}
+		var err error
+		if b.Backing, b.FileType, b.FilePath, err = r.p.backingOf(v); err != nil {
+			return nil, err
+		}
+		if flags && v.PageBytes != l.pageBytes && b.Backing == Hugetlb {
+			return nil, fmt.Errorf("block %q: %w: pages of %d bytes by QEMU, %d by the kernel", l.name, errAmbiguous, l.pageBytes, v.PageBytes)
+		}
+		out = append(out, b)
+	}
+	sorted := slices.Clone(out)
+	slices.SortFunc(sorted, func(a, b RAMBlock) int {
+		switch {
+		case a.HVA < b.HVA:
+			return -1
+		case a.HVA > b.HVA:
+			return 1
+		}
+		return 0
+	})
+	for i := 1; i < len(sorted); i++ {
+		if a, b := &sorted[i-1], &sorted[i]; a.HVA+a.TotalBytes > b.HVA {
+			return nil, fmt.Errorf("blocks %q and %q: %w: both lie at 0x%x", a.Name, b.Name, errAmbiguous, b.HVA)
+		}
+	}
+	return out, nil
+}
+
+// memdev is an element of query-memdev.
+type memdev struct {
+	ID   string `json:"id"`
+	Size uint64 `json:"size"`
+}
+
+// mainBlocks names the blocks that belong to memory backends. A block carries its
+// backend's id, the backend's path with old machine types, or the id behind a
+// device's path (ivshmem).
+func mainBlocks(ctx context.Context, q Monitor, blocks []RAMBlock) (map[string]bool, error) {
+	var devs []memdev
+	if err := q.Execute(ctx, "query-memdev", nil, &devs); err != nil {
+		return nil, fmt.Errorf("query-memdev: %w", err)
+	}
+	out := make(map[string]bool)
+	for _, d := range devs {
+		for i := range blocks {
+			if n := blocks[i].Name; n == d.ID || n == "/objects/"+d.ID || strings.HasSuffix(n, "/"+d.ID) && blocks[i].TotalBytes == d.Size {
+				out[n] = true
+			}
+		}
+	}
+	return out, nil
+}
