@@ -1,0 +1,492 @@
+package image
+
+import (
+	"bytes"
+	"context"
+	"errors"
+	"fmt"
+	"io"
+	"math/bits"
+	"path/filepath"
+	"runtime"
+	"sync"
+	"sync/atomic"
+
+	"github.com/cespare/xxhash/v2"
+	"golang.org/x/sync/errgroup"
+
+	"github.com/ckagent/ckagent/agent/image/fsys"
+	"github.com/ckagent/ckagent/agent/problem"
+)
+
+// WriterOptions tune a Writer. The zero value is right for most.
+type WriterOptions struct {
+	// Compress is none (default), s2 or zstd.
+	Compress string
+	// Lanes is how many calls write at once, each to a segment of its own.
+	// Default: GOMAXPROCS, from 2 to 8.
+	Lanes int
+	// SegmentBytes bounds a segment file. Default 4 GiB, at least 16 MiB.
+	SegmentBytes uint64
+	// WritebackBytes is after how much data per lane the kernel is asked to start
+	// writing, so that the final sync is short. Default 8 MiB; negative: never.
+	WritebackBytes int64
+	// FS is where the files go. Default: the host's file system.
+	FS fsys.FS
+}
+
+const (
+	defaultSegmentBytes = 4 << 30
+	minSegmentBytes     = 16 << 20
+	defaultWriteback    = 8 << 20
+	maxLanes            = 64
+)
+
+// ErrTwice says that a page was given to a Writer a second time: a bug in the
+// capture, because one of the two contents is not of the checkpoint's instant.
+var ErrTwice = errors.New("page written twice")
+
+// ErrClosed says that a Writer or Reader was finished, aborted or closed.
+var ErrClosed = errors.New("closed")
+
+// ErrIncomplete says that a checkpoint lacks pages or its device state.
+var ErrIncomplete = errors.New("incomplete")
+
+// Writer stores the pages of one checkpoint. See the package documentation.
+type Writer struct {
+	fs     fsys.FS
+	dir    string
+	o      WriterOptions
+	codec  codec // 0: none
+	blocks []Block
+	layout layout
+
+	entries []byte     // the pagemap's entries as they go to disk
+	claimed [][]uint64 // per block one bit a page, set atomically
+	zeroSum []uint64   // per block: checksum of a zero page
+
+	life   sync.RWMutex // read-held by every call that writes; Finish and Abort take it
+	closed bool         // guarded by life
+	failed atomic.Pointer[problem.Error]
+
+	lanes struct {
+		sync.Mutex
+		idle *sync.Cond
+		free []*lane
+		made int
+	}
+	segs struct {
+		sync.Mutex
+		list []*segment
+	}
+	state struct {
+		sync.Mutex
+		ref     FileRef
+		written bool
+	}
+	pages, zeroPages, storedBytes atomic.Uint64
+}
+
+// segment is one file being written; its lane owns size and started.
+type segment struct {
+	index   int
+	path    string
+	name    string
+	kind    SegmentKind
+	f       fsys.File
+	size    uint64
+	started uint64 // bytes whose writeback was asked for
+}
+
+// NewWriter starts a checkpoint of these blocks in an empty directory. It
+// allocates everything a page costs in memory (16 bytes and a bit each), so that
+// WritePages has nothing to allocate.
+func NewWriter(dir string, blocks []Block, o WriterOptions) (*Writer, error) {
+	const op = "start image"
+	if err := ValidateBlocks(blocks); err != nil {
+		return nil, problem.New(problem.Refused, op, dir, "%w", err)
+	}
+	w := &Writer{dir: dir, blocks: append([]Block(nil), blocks...), fs: o.FS}
+	switch o.Compress {
+	case "", "none":
+	case "s2":
+		w.codec = codecS2
+	case "zstd":
+		w.codec = codecZstd
+	default:
+		return nil, problem.New(problem.Usage, op, dir, "compression %q: none, s2 or zstd", o.Compress)
+	}
+	if w.fs == nil {
+		w.fs = fsys.OS{}
+	}
+	if o.Lanes <= 0 {
+		o.Lanes = min(max(runtime.GOMAXPROCS(0), 2), 8)
+	}
+	o.Lanes = min(o.Lanes, maxLanes)
+	if o.SegmentBytes == 0 {
+		o.SegmentBytes = defaultSegmentBytes
+	}
+	o.SegmentBytes = min(max(o.SegmentBytes, minSegmentBytes), maxSegmentBytes)
+	if o.WritebackBytes == 0 {
+		o.WritebackBytes = defaultWriteback
+	}
+	w.o = o
+	w.layout = layoutOf(w.blocks)
+	w.entries = make([]byte, w.layout.entries*entryBytes)
+	w.claimed = make([][]uint64, len(w.blocks))
+	w.zeroSum = make([]uint64, len(w.blocks))
+	for i, b := range w.blocks {
+		w.claimed[i] = make([]uint64, (b.Pages()+63)/64)
+		w.zeroSum[i] = xxhash.Sum64(zeroPage[:b.PageBytes])
+	}
+	w.lanes.idle = sync.NewCond(&w.lanes)
+	w.lanes.free = make([]*lane, 0, o.Lanes)
+	return w, nil
+}
+
+// Blocks are the blocks the Writer was made for. Do not change them.
+func (w *Writer) Blocks() []Block { return w.blocks }
+
+// WritePages stores whole consecutive pages of a block, from page firstPage on.
+// When it returns, data may be reused; until then its content must not change
+// (it is hashed and then written from where it lies, without a copy). Pages of
+// zeros are recorded and not stored. Safe for concurrent use; allocates nothing.
+func (w *Writer) WritePages(block int, firstPage uint64, data []byte) error {
+	w.life.RLock()
+	defer w.life.RUnlock()
+	if block < 0 || block >= len(w.blocks) {
+		return w.misuse(block, firstPage, "no such block")
+	}
+	pageBytes := w.blocks[block].PageBytes
+	if uint64(len(data))%pageBytes != 0 {
+		return w.misuse(block, firstPage, "data is not whole pages")
+	}
+	n := uint64(len(data)) / pageBytes
+	if n == 0 {
+		return nil
+	}
+	if err := w.claim(block, firstPage, n); err != nil {
+		return err
+	}
+	l, err := w.takeLane()
+	if err != nil {
+		return w.fail(err)
+	}
+	zeros, stored, err := l.write(w, block, firstPage, data)
+	w.putLane(l)
+	if err != nil {
+		return w.fail(err)
+	}
+	w.pages.Add(n)
+	w.zeroPages.Add(zeros)
+	w.storedBytes.Add(stored)
+	return nil
+}
+
+// WriteZero records n pages of zeros. Safe for concurrent use.
+func (w *Writer) WriteZero(block int, firstPage, n uint64) error {
+	w.life.RLock()
+	defer w.life.RUnlock()
+	if block < 0 || block >= len(w.blocks) {
+		return w.misuse(block, firstPage, "no such block")
+	}
+	if n == 0 {
+		return nil
+	}
+	if err := w.claim(block, firstPage, n); err != nil {
+		return err
+	}
+	e := w.entriesOf(block, firstPage, n)
+	for ; len(e) > 0; e = e[entryBytes:] {
+		putEntry(e, zeroLocation, w.zeroSum[block])
+	}
+	w.pages.Add(n)
+	w.zeroPages.Add(n)
+	return nil
+}
+
+func (w *Writer) entriesOf(block int, first, n uint64) []byte {
+	from := (w.layout.firstEntry[block] + first) * entryBytes
+	return w.entries[from : from+n*entryBytes]
+}
+
+// claim marks pages as written, each at most once.
+func (w *Writer) claim(block int, first, n uint64) error {
+	if err := w.usable(); err != nil {
+		return err
+	}
+	if pages := w.blocks[block].Pages(); first > pages || n > pages-first {
+		return w.misuse(block, first, "pages beyond the end of the block")
+	}
+	words := w.claimed[block]
+	for p, end := first, first+n; p < end; {
+		upto := min((p|63)+1, end)
+		mask := ^uint64(0) << (p & 63)
+		if upto&63 != 0 {
+			mask &= 1<<(upto&63) - 1
+		}
+		if old := atomic.OrUint64(&words[p>>6], mask) & mask; old != 0 {
+			twice := p&^63 + uint64(bits.TrailingZeros64(old))
+			return w.fail(problem.New(problem.Failed, "write pages", w.object(block, twice), "%w", ErrTwice))
+		}
+		p = upto
+	}
+	return nil
+}
+
+func (w *Writer) object(block int, page uint64) string {
+	return fmt.Sprintf("RAMBlock %s page %d", w.blocks[block].Name, page)
+}
+
+func (w *Writer) misuse(block int, page uint64, what string) error {
+	return w.fail(problem.New(problem.Failed, "write pages", fmt.Sprintf("block %d page %d", block, page), "%s", what))
+}
+
+// fail keeps the first error: whatever was lost then stays lost.
+func (w *Writer) fail(err error) error {
+	p, ok := errors.AsType[*problem.Error](err)
+	if !ok {
+		p = problem.New(problem.Failed, "write image", w.dir, "%w", err)
+	}
+	w.failed.CompareAndSwap(nil, p)
+	return p
+}
+
+// usable needs life held.
+func (w *Writer) usable() error {
+	if w.closed {
+		return problem.New(problem.Failed, "write image", w.dir, "%w", ErrClosed)
+	}
+	if p := w.failed.Load(); p != nil {
+		return p
+	}
+	return nil
+}
+
+// Missing lists the pages of a block that nobody wrote.
+func (w *Writer) Missing(block int) []PageRun {
+	if block < 0 || block >= len(w.blocks) {
+		return nil
+	}
+	var out []PageRun
+	pages := w.blocks[block].Pages()
+	for i := range w.claimed[block] {
+		word := ^atomic.LoadUint64(&w.claimed[block][i]) // set: missing
+		if word == 0 {
+			continue
+		}
+		for p := uint64(i) * 64; p < min(uint64(i)*64+64, pages); p++ {
+			if word>>(p&63)&1 == 0 {
+				continue
+			}
+			if n := len(out); n > 0 && out[n-1].End() == p {
+				out[n-1].Pages++
+			} else {
+				out = append(out, PageRun{Block: block, First: p, Pages: 1})
+			}
+		}
+	}
+	return out
+}
+
+// Progress is how far a Writer is.
+type Progress struct {
+	Pages, ZeroPages, StoredBytes uint64
+}
+
+// Progress may be called at any time.
+func (w *Writer) Progress() Progress {
+	return Progress{w.pages.Load(), w.zeroPages.Load(), w.storedBytes.Load()}
+}
+
+// WriteDeviceState stores the device state, once.
+func (w *Writer) WriteDeviceState(r io.Reader) error {
+	const op = "write device state"
+	w.life.RLock()
+	defer w.life.RUnlock()
+	if err := w.usable(); err != nil {
+		return err
+	}
+	w.state.Lock()
+	defer w.state.Unlock()
+	path := filepath.Join(w.dir, deviceStateName)
+	if w.state.written {
+		return w.fail(problem.New(problem.Failed, op, path, "written twice"))
+	}
+	w.state.written = true
+	data, err := io.ReadAll(io.LimitReader(r, MaxDeviceStateBytes+1))
+	if err != nil {
+		return w.fail(problem.New(problem.Failed, op, path, "%w", err))
+	}
+	if len(data) > MaxDeviceStateBytes {
+		return w.fail(problem.New(problem.Refused, op, path, "more than %d bytes", MaxDeviceStateBytes))
+	}
+	if err := fsys.WriteFile(w.fs, path, data); err != nil {
+		return w.fail(fsys.Problem(op, path, err))
+	}
+	w.state.ref = FileRef{Name: deviceStateName, Bytes: uint64(len(data)), Checksum: Sum(data)}
+	w.storedBytes.Add(uint64(len(data)))
+	return nil
+}
+
+// Summary is what a finished Writer knows; Apply puts it into a manifest.
+type Summary struct {
+	Blocks      []Block
+	DeviceState FileRef
+	Pagemap     PagemapRef
+	Segments    []Segment
+	RAMBytes    uint64
+	Pages       uint64
+	ZeroPages   uint64
+	StoredBytes uint64
+}
+
+// Apply sets the fields of a manifest that follow from the written files.
+func (s Summary) Apply(m *Manifest) {
+	m.Blocks, m.DeviceState, m.Pagemap, m.Segments = s.Blocks, s.DeviceState, s.Pagemap, s.Segments
+	m.Stats.RAMBytes, m.Stats.Pages = s.RAMBytes, s.Pages
+	m.Stats.ZeroPages, m.Stats.StoredBytes = s.ZeroPages, s.StoredBytes
+}
+
+// Finish writes the pagemap and makes every file durable. It fails with
+// ErrIncomplete if a page or the device state was never written. Whatever it
+// returns, the Writer is closed afterwards.
+func (w *Writer) Finish(ctx context.Context) (Summary, error) {
+	w.life.Lock()
+	defer w.life.Unlock()
+	if err := w.usable(); err != nil {
+		w.close()
+		return Summary{}, err
+	}
+	s, err := w.finish(ctx)
+	if cerr := w.close(); err == nil {
+		err = cerr
+	}
+	if err != nil {
+		return Summary{}, w.fail(err)
+	}
+	return s, nil
+}
+
+func (w *Writer) finish(ctx context.Context) (Summary, error) {
+	const op = "finish image"
+	for i := range w.blocks {
+		if m := w.Missing(i); len(m) > 0 {
+			var n uint64
+			for _, r := range m {
+				n += r.Pages
+			}
+			return Summary{}, problem.New(problem.Failed, op, "RAMBlock "+w.blocks[i].Name,
+				"%w: %d pages were never written, the first is %d", ErrIncomplete, n, m[0].First)
+		}
+	}
+	if !w.state.written {
+		return Summary{}, problem.New(problem.Failed, op, w.dir, "%w: no device state", ErrIncomplete)
+	}
+	if err := ctx.Err(); err != nil {
+		return Summary{}, cancelled(op, w.dir, err)
+	}
+	s := Summary{Blocks: w.blocks, DeviceState: w.state.ref,
+		Pages: w.layout.entries, ZeroPages: w.zeroPages.Load(), StoredBytes: w.state.ref.Bytes}
+	for _, b := range w.blocks {
+		s.RAMBytes += b.UsedBytes
+	}
+	for _, g := range w.segs.list {
+		s.Segments = append(s.Segments, Segment{Name: g.name, Bytes: g.size, Kind: g.kind})
+		s.StoredBytes += g.size
+	}
+	var g errgroup.Group
+	g.SetLimit(8)
+	for _, seg := range w.segs.list {
+		g.Go(func() error {
+			if ctx.Err() != nil {
+				return cancelled(op, w.dir, ctx.Err())
+			}
+			return fsys.Problem("sync segment", seg.path, seg.f.Sync())
+		})
+	}
+	g.Go(func() (err error) {
+		s.Pagemap, err = w.writePagemap(len(s.Segments))
+		return err
+	})
+	if err := g.Wait(); err != nil {
+		return Summary{}, err
+	}
+	s.StoredBytes += s.Pagemap.Bytes
+	if err := w.fs.SyncDir(w.dir); err != nil {
+		return Summary{}, fsys.Problem("sync directory", w.dir, err)
+	}
+	return s, nil
+}
+
+func (w *Writer) writePagemap(segments int) (PagemapRef, error) {
+	const op = "write pagemap"
+	path := filepath.Join(w.dir, pagemapName)
+	sums := make([]uint64, 0, w.layout.chunks)
+	for i := range w.blocks {
+		e := w.entriesOf(i, 0, w.blocks[i].Pages())
+		for len(e) > 0 {
+			n := min(len(e), chunkBytes)
+			sums = append(sums, xxhash.Sum64(e[:n]))
+			e = e[n:]
+		}
+	}
+	head := encodeHead(w.blocks, w.layout, segments, sums)
+	f, err := w.fs.Create(path)
+	if err != nil {
+		return PagemapRef{}, fsys.Problem(op, path, err)
+	}
+	err = f.WriteVec([][]byte{head, w.entries}, 0)
+	if err == nil {
+		err = f.Sync()
+	}
+	if cerr := f.Close(); err == nil {
+		err = cerr
+	}
+	if err != nil {
+		return PagemapRef{}, fsys.Problem(op, path, err)
+	}
+	return PagemapRef{Name: pagemapName, Bytes: w.layout.fileBytes(),
+		HeadBytes: w.layout.headBytes, HeadChecksum: Sum(head)}, nil
+}
+
+// Abort closes the files; the caller removes the directory. Harmless after
+// Finish or another Abort.
+func (w *Writer) Abort() {
+	w.life.Lock()
+	defer w.life.Unlock()
+	w.close()
+}
+
+// close needs life held for writing.
+func (w *Writer) close() error {
+	if w.closed {
+		return nil
+	}
+	w.closed = true
+	var first error
+	for _, s := range w.segs.list {
+		if err := s.f.Close(); err != nil && first == nil {
+			first = fsys.Problem("close segment", s.path, err)
+		}
+	}
+	for _, l := range w.lanes.free { // all of them: no call is under way
+		if l.comp != nil {
+			l.comp.close()
+		}
+	}
+	w.entries, w.lanes.free = nil, nil
+	return first
+}
+
+func cancelled(op, object string, err error) error {
+	return problem.New(problem.Cancelled, op, object, "%w", err)
+}
+
+// zeroPage is what a page of zeros is compared with.
+var zeroPage [MaxPageBytes]byte
+
+// IsZero reports whether p, at most MaxPageBytes long, is all zeros. bytes.Equal
+// compares 64 bytes at a time: 51 ns for 4 KiB of zeros, against 64 ns for a loop
+// over words; content that is not zero ends both at its first bytes.
+func IsZero(p []byte) bool { return bytes.Equal(p, zeroPage[:len(p)]) }
