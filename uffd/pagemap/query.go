@@ -8,26 +8,68 @@ import (
 	"golang.org/x/sys/unix"
 )
 
+// armedQuery matches pages that carry the mark for certain: something is there
+// (a page, a swap entry or a marker) and it is not without the mark. Absence
+// alone is not enough: where a whole page table is missing, a scan for written
+// pages reports nothing, and nothing is protected. What matches returns no
+// category, so that neighbours merge into one region.
+var armedQuery = Query{
+	CategoryInverted: IsWritten, Mask: IsWritten, AnyOf: IsPresent | IsSwapped, Return: IsWritten,
+}
+
+// Intact pages are armed, mapped, and still of the kind they were.
+var (
+	intactPrivate = Query{
+		CategoryInverted: IsWritten | IsFile, Mask: IsWritten | IsFile | IsPresent, Return: IsWritten,
+	}
+	intactShared = Query{
+		CategoryInverted: IsWritten, Mask: IsWritten | IsFile | IsPresent, Return: IsWritten,
+	}
+)
+
+func intactQuery(shared bool) *Query {
+	if shared {
+		return &intactShared
+	}
+	return &intactPrivate
+}
+
+func intactEntry(shared bool) func(Entry) bool {
+	return func(e Entry) bool { return e.UffdWP() && e.Present() && e.File() == shared }
+}
+
 // AllArmed reports whether every page of [start, end) carries the
 // write-protect mark, on a page, a swap entry or a marker. Where PAGEMAP_SCAN
 // is missing it reads the entries.
 func (p *Pagemap) AllArmed(start, end uint64) (bool, error) {
+	return p.allMatch(start, end, armedQuery, Entry.UffdWP)
+}
+
+// AllIntact reports whether every page of [start, end) carries the
+// write-protect mark, is mapped, and is a page of the file (shared) or a private
+// one (not shared). It is the question to ask after copying pages that had
+// content when they were armed: AllArmed alone is also true of a marker left
+// behind by a discard (see the package comment).
+func (p *Pagemap) AllIntact(start, end uint64, shared bool) (bool, error) {
+	return p.allMatch(start, end, *intactQuery(shared), intactEntry(shared))
+}
+
+func (p *Pagemap) allMatch(start, end uint64, q Query, entry func(Entry) bool) (bool, error) {
 	if start >= end || start%PageBytes != 0 || end%PageBytes != 0 {
 		return false, fmt.Errorf("pagemap: range [%#x,%#x) is empty or not page-aligned: %w", start, end, unix.EINVAL)
 	}
 	var out [1]Region
 	for at := start; at < end; {
-		n, next, errno := p.scan(at, end, &Query{
-			CategoryInverted: armedInverted, Mask: armedMask, AnyOf: armedAnyOf, Return: armedReturn,
-		}, out[:])
+		n, next, errno := p.scan(at, end, &q, out[:])
 		if errno == unix.ENOTTY {
-			all, err := p.everyEntry(at, end, Entry.UffdWP)
-			return all, err
+			return p.everyEntry(at, end, entry)
 		}
 		if errno != 0 {
 			return false, p.scanError(at, end, errno)
 		}
-		if n == 0 || out[0].Start != at || next <= at || out[0].End < min(next, end) {
+		// A stop short of end because out is full means that the second
+		// matching region follows a gap.
+		if n == 0 || out[0].Start != at || out[0].End < min(next, end) || next <= at {
 			return false, nil
 		}
 		at = out[0].End

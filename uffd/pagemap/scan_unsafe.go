@@ -34,40 +34,33 @@ func (p *Pagemap) scan(start, end uint64, q *Query, out []Region) (int, uint64, 
 	}
 }
 
-// armedQuery matches pages that carry the mark for certain: something is there
-// (a page, a swap entry or a marker) and it is not without the mark. Absence
-// alone is not "not written": where a whole page table is missing, the kernel
-// reports neither.
-const (
-	armedInverted = IsWritten
-	armedMask     = IsWritten
-	armedAnyOf    = IsPresent | IsSwapped
-	armedReturn   = IsWritten // 0 for all of them, so that neighbours merge
-)
-
-// AllArmedRaw reports whether every page of [start, end) carries the
-// write-protect mark, in one bare system call without allocation: for a locked
-// thread. end > start, page-aligned.
-func (p *Pagemap) AllArmedRaw(start, end uint64) (bool, unix.Errno) {
-	var r Region
-	a := scanArg{
-		size: scanArgBytes, start: start, end: end,
-		vec: unsafe.Pointer(&r), vecLen: 1,
-		categoryInverted: armedInverted, categoryMask: armedMask,
-		categoryAnyOf: armedAnyOf, returnMask: armedReturn,
-	}
+// allOne reports whether the pages of [start, end) all match q, whose Return
+// must be the same for all that match, in one bare system call.
+func (p *Pagemap) allOneRaw(start, end uint64, q *Query) (bool, unix.Errno) {
+	var r [1]Region
+	a := fillArg(start, end, q, r[:])
 	n, _, errno := syscall.RawSyscall(unix.SYS_IOCTL, uintptr(p.fd.Load()), ioctlScan, uintptr(unsafe.Pointer(&a)))
 	if errno != 0 {
 		return false, errno
 	}
-	return n == 1 && r.Start == start && r.End == end, 0
+	return n == 1 && r[0].Start == start && r[0].End == end, 0
 }
 
-// AnyWrittenRaw reports whether any page of [start, end) is without the
-// write-protect mark; the negation of AllArmedRaw.
+// AllArmedRaw is AllArmed as one bare system call without allocation, for a
+// locked thread. start < end, both page-aligned.
+func (p *Pagemap) AllArmedRaw(start, end uint64) (bool, unix.Errno) {
+	return p.allOneRaw(start, end, &armedQuery)
+}
+
+// AnyWrittenRaw is the negation of AllArmedRaw.
 func (p *Pagemap) AnyWrittenRaw(start, end uint64) (bool, unix.Errno) {
-	armed, errno := p.AllArmedRaw(start, end)
+	armed, errno := p.allOneRaw(start, end, &armedQuery)
 	return !armed, errno
+}
+
+// AllIntactRaw is AllIntact as one bare system call without allocation.
+func (p *Pagemap) AllIntactRaw(start, end uint64, shared bool) (bool, unix.Errno) {
+	return p.allOneRaw(start, end, intactQuery(shared))
 }
 
 func entryBytes(e []Entry) []byte {
