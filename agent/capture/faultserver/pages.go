@@ -18,8 +18,9 @@ const (
 // operation and has one meaning:
 //
 //	dirty      tracking: written since it was last armed, so it is not armed.
-//	populated  had content when the memory was frozen. Kept only where the page
-//	           table alone cannot tell a discarded page (file-backed blocks).
+//	populated  had content when the memory was frozen; file-backed blocks only.
+//	held       would lose its content without a trace if it were discarded
+//	           (see source.Held); file-backed blocks only.
 //	claimed    capturing: one thread owns the page and will make it done.
 //	done       captured, proved, and its protection lifted or about to be.
 //	hot        was dirty in tracking: scanned first.
@@ -30,6 +31,7 @@ type pageTable struct {
 	block     source.Block
 	dirty     []uint64
 	populated []uint64 // nil for anonymous memory
+	held      []uint64 // nil for anonymous memory
 	claimed   []uint64
 	done      []uint64
 	hot       []uint64
@@ -50,6 +52,7 @@ func newPageTable(b source.Block) *pageTable {
 	}
 	if b.Kind != source.Anonymous {
 		t.populated = make([]uint64, words)
+		t.held = make([]uint64, words)
 	}
 	return t
 }
@@ -71,8 +74,18 @@ func (t *pageTable) claim(w int, mask uint64) uint64 {
 	return mask &^ atomic.OrUint64(&t.claimed[w], mask)
 }
 
-func (t *pageTable) isClaimed(page uint64) bool {
-	return atomic.LoadUint64(&t.claimed[page/wordPages])>>(page%wordPages)&1 != 0
+// claimHuge takes pages of the huge page that starts at first, word by word, up
+// to the first word that somebody has begun on, and returns how many: 512 if it
+// got all. What it took it must capture; giving it back would leave a fault that
+// came in between waiting for nobody.
+func (t *pageTable) claimHuge(first uint64) uint64 {
+	words := t.claimed[first/wordPages:][:hugeWords]
+	for i := range words {
+		if !atomic.CompareAndSwapUint64(&words[i], 0, ^uint64(0)) {
+			return uint64(i) * wordPages
+		}
+	}
+	return hugePages
 }
 
 func (t *pageTable) isDone(page uint64) bool {
@@ -89,17 +102,15 @@ func setRange(bitmap []uint64, first, n uint64) {
 	}
 }
 
-// anySet reports whether a bit of pages [first, first+n) is set in a bitmap.
-func anySet(bitmap []uint64, first, n uint64) bool {
+// clearRange clears the bits of pages [first, first+n) in a bitmap that nobody
+// else uses.
+func clearRange(bitmap []uint64, first, n uint64) {
 	for n > 0 {
 		off := first % wordPages
 		k := min(n, wordPages-off)
-		if atomic.LoadUint64(&bitmap[first/wordPages])&maskOf(off, k) != 0 {
-			return true
-		}
+		bitmap[first/wordPages] &^= maskOf(off, k)
 		first, n = first+k, n-k
 	}
-	return false
 }
 
 // maskOf is n ones from bit off on; off+n <= 64.

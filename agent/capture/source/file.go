@@ -59,7 +59,7 @@ func parseMapsLine(line string) (start, end, offset uint64, ok bool) {
 // fileRunsFrom answers from the file: its holes read as zero. Runs before mark
 // in out are not merged with.
 func (b *source) fileRunsFrom(mark int, first, n uint64, out []Run) ([]Run, error) {
-	fd := int(b.file.Fd())
+	fd := b.fd
 	at := b.fileOffset + int64(first*PageBytes)
 	end := at + int64(n*PageBytes)
 	page := func(off int64) uint64 { return uint64(off-b.fileOffset) / PageBytes }

@@ -2,6 +2,7 @@ package source
 
 import (
 	"fmt"
+	"io"
 	"syscall"
 	"unsafe"
 
@@ -27,6 +28,25 @@ func ReadMemory(pid int, addr uint64, dst []byte) error {
 			return fmt.Errorf("read %d bytes at %#x of process %d: %w", len(dst), addr, pid, unix.EFAULT)
 		}
 		dst, addr = dst[n:], addr+uint64(n)
+	}
+	return nil
+}
+
+// readFile is pread(2) of all of dst, with ReadMemory's manners.
+func readFile(fd int, offset int64, dst []byte) error {
+	for len(dst) > 0 {
+		n, _, errno := syscall.RawSyscall6(unix.SYS_PREAD64, uintptr(fd),
+			uintptr(unsafe.Pointer(&dst[0])), uintptr(len(dst)), uintptr(offset), 0, 0)
+		if errno == unix.EINTR {
+			continue
+		}
+		if errno != 0 {
+			return fmt.Errorf("read %d bytes at offset %d: %w", len(dst), offset, errno)
+		}
+		if n == 0 {
+			return fmt.Errorf("read %d bytes at offset %d: %w", len(dst), offset, io.ErrUnexpectedEOF)
+		}
+		dst, offset = dst[n:], offset+int64(n)
 	}
 	return nil
 }

@@ -46,6 +46,7 @@ type Source struct {
 type source struct {
 	Block
 	file       *os.File // what a file-backed block maps; nil for Anonymous
+	fd         int      // its descriptor
 	fileOffset int64    // offset in file of the block's first byte
 }
 
@@ -67,6 +68,7 @@ func Open(pid int, blocks []Block) (*Source, error) {
 		if s.blocks[i].file, s.blocks[i].fileOffset, err = openMapped(pid, b.HVA); err != nil {
 			return nil, errors.Join(fmt.Errorf("block %d: open what is mapped at %#x: %w", i, b.HVA, err), s.Close())
 		}
+		s.blocks[i].fd = int(s.blocks[i].file.Fd())
 	}
 	return s, nil
 }
@@ -92,13 +94,65 @@ func (s *Source) Block(i int) Block { return s.blocks[i].Block }
 func (s *Source) Pagemap() *pagemap.Pagemap { return s.pm }
 
 // Read copies the pages from first on into dst, whose length is a multiple of
-// the page size.
+// the page size. Shared memory is read through its file: reading a hole through
+// the mapping would fill it, and hide that it was punched.
 func (s *Source) Read(block int, first uint64, dst []byte) error {
 	b := &s.blocks[block]
 	if first+uint64(len(dst)/PageBytes) > b.Pages {
 		return fmt.Errorf("read %d bytes at page %d of a block of %d pages", len(dst), first, b.Pages)
 	}
+	if b.Kind == Shared {
+		return readFile(b.fd, b.fileOffset+int64(first*PageBytes), dst)
+	}
 	return ReadMemory(s.pid, b.HVA+first*PageBytes, dst)
+}
+
+// Held calls yield for each run among the pages [first, first+n) that holds
+// something a discard (balloon, MADV_DONTNEED, a punched hole) would lose
+// without leaving a trace in the page's write-protect mark: pages of the file for
+// Shared, private copies for PrivateFile. Anonymous memory needs none of this, a
+// discard takes the mark along.
+func (s *Source) Held(block int, first, n uint64, yield func(first, n uint64)) error {
+	b := &s.blocks[block]
+	if first+n > b.Pages || n == 0 {
+		return fmt.Errorf("held pages of %d at page %d of a block of %d pages", n, first, b.Pages)
+	}
+	switch b.Kind {
+	case Shared:
+		var buf [8]Run
+		runs, err := b.fileRuns(first, n, buf[:0])
+		for _, r := range runs {
+			if !r.Zero {
+				yield(r.First, r.Pages)
+			}
+		}
+		return err
+	case PrivateFile:
+		return s.privateCopies(b, first, n, yield)
+	}
+	return nil
+}
+
+// privateCopies finds the pages of a private file mapping that are the
+// process's own.
+func (s *Source) privateCopies(b *source, first, n uint64, yield func(first, n uint64)) error {
+	var entries [512]pagemap.Entry
+	for end := first + n; first < end; {
+		k, err := s.pm.Entries(b.HVA+first*PageBytes, entries[:min(end-first, uint64(len(entries)))])
+		if err != nil {
+			return err
+		}
+		if k == 0 {
+			return fmt.Errorf("page map of page %d: nothing there", first)
+		}
+		for _, e := range entries[:k] {
+			if e.Present() && !e.File() || e.Swapped() && e&swapTypeMask != swapTypeMarker {
+				yield(first, 1)
+			}
+			first++
+		}
+	}
+	return nil
 }
 
 // Runs appends to out the runs that make up the pages [first, first+n) of block.

@@ -1,0 +1,204 @@
+package faultserver
+
+import (
+	"context"
+	"encoding/json"
+	"errors"
+	"fmt"
+	"io"
+	"net"
+	"os"
+	"os/exec"
+	"syscall"
+	"time"
+
+	"golang.org/x/sys/unix"
+
+	"github.com/ckagent/ckagent/agent/capture/arena"
+)
+
+// Start says how to start a fault server.
+type Start struct {
+	Self    string   // our own binary
+	Args    []string // its arguments that lead to Main
+	Control *os.File // the control page
+	Config  Config
+	// Ring sizes in pages: one for each fault thread, then one for each scanner.
+	FaultRingPages, ScanRingPages int
+	// Place, if not nil, moves the new process to a cgroup of its own.
+	Place func(pid int) error
+}
+
+// Client is the agent's end of a fault server. Its methods are called by one
+// goroutine at a time.
+type Client struct {
+	cmd   *exec.Cmd
+	conn  *net.UnixConn
+	arena *arena.Arena
+	buf   []byte
+	stats Stats
+	over  bool // the server has replied for the last time
+}
+
+// New starts a fault server and waits until it is ready to arm.
+func New(ctx context.Context, o Start) (*Client, error) {
+	if err := o.Config.validate(); err != nil {
+		return nil, err
+	}
+	var ringPages []int
+	for range o.Config.FaultThreads {
+		ringPages = append(ringPages, o.FaultRingPages)
+	}
+	for range o.Config.ScanThreads {
+		ringPages = append(ringPages, o.ScanRingPages)
+	}
+	a, arenaFile, err := arena.Create(ringPages)
+	if err != nil {
+		return nil, err
+	}
+	defer arenaFile.Close()
+	c := &Client{arena: a, buf: make([]byte, maxDatagram)}
+	peer, err := c.socketPair()
+	if err != nil {
+		return nil, errors.Join(err, a.Close())
+	}
+	defer peer.Close()
+
+	c.cmd = exec.Command(o.Self, o.Args...)
+	c.cmd.ExtraFiles = []*os.File{peer, arenaFile, o.Control}
+	c.cmd.Stderr = os.Stderr
+	// No collection, no preemption signals: a fault thread is left alone.
+	c.cmd.Env = []string{"GODEBUG=asyncpreemptoff=1", "PATH=/usr/sbin:/usr/bin:/sbin:/bin"}
+	// Its own session: closing a terminal or ^C is for the agent to handle.
+	c.cmd.SysProcAttr = &syscall.SysProcAttr{Setsid: true}
+	if err := c.cmd.Start(); err != nil {
+		return nil, errors.Join(fmt.Errorf("start the fault server: %w", err), c.conn.Close(), a.Close())
+	}
+	if o.Place != nil {
+		err = o.Place(c.cmd.Process.Pid)
+	}
+	if err == nil {
+		err = c.configure(ctx, o.Config)
+	}
+	if err != nil {
+		return nil, errors.Join(err, c.Close())
+	}
+	return c, nil
+}
+
+func (c *Client) socketPair() (peer *os.File, err error) {
+	fds, err := unix.Socketpair(unix.AF_UNIX, unix.SOCK_SEQPACKET|unix.SOCK_CLOEXEC, 0)
+	if err != nil {
+		return nil, fmt.Errorf("socketpair: %w", err)
+	}
+	ours := os.NewFile(uintptr(fds[0]), "fault server")
+	defer ours.Close()
+	peer = os.NewFile(uintptr(fds[1]), "fault server peer")
+	conn, err := net.FileConn(ours)
+	if err != nil {
+		return nil, errors.Join(err, peer.Close())
+	}
+	c.conn = conn.(*net.UnixConn)
+	return peer, nil
+}
+
+func (c *Client) configure(ctx context.Context, cfg Config) error {
+	b, err := json.Marshal(cfg)
+	if err != nil {
+		return err
+	}
+	if _, err := c.conn.Write(b); err != nil {
+		return fmt.Errorf("configure the fault server: %w", err)
+	}
+	return c.receive(ctx)
+}
+
+// PID is the fault server's process id.
+func (c *Client) PID() int { return c.cmd.Process.Pid }
+
+// Arena is where captured pages arrive.
+func (c *Client) Arena() *arena.Arena { return c.arena }
+
+// Stats is what the server counted up to its last reply.
+func (c *Client) Stats() Stats { return c.stats }
+
+// Prearm takes a userfaultfd from QEMU and arms all of RAM while the guest runs.
+func (c *Client) Prearm(ctx context.Context) error { return c.call(ctx, opPrearm) }
+
+// Freeze makes RAM as it is now the checkpoint's. The guest is stopped.
+func (c *Client) Freeze(ctx context.Context) error { return c.call(ctx, opFreeze) }
+
+// Scan starts capturing what the guest does not touch. Wait tells the outcome.
+func (c *Client) Scan() error { return c.send(opScan) }
+
+// Wait returns when every page is in the arena and nothing is armed any more, or
+// when the capture failed; then nothing is armed either.
+func (c *Client) Wait(ctx context.Context) error { return c.receive(ctx) }
+
+// Abort makes the server let go. It is safe at any time.
+func (c *Client) Abort(ctx context.Context) error {
+	if c.over {
+		return nil
+	}
+	if err := c.call(ctx, opAbort); FailureOf(err) == "" {
+		return err
+	}
+	return nil
+}
+
+func (c *Client) call(ctx context.Context, o op) error {
+	if err := c.send(o); err != nil {
+		return err
+	}
+	return c.receive(ctx)
+}
+
+func (c *Client) send(o op) error {
+	b, err := json.Marshal(request{Op: o})
+	if err != nil {
+		return err
+	}
+	if _, err := c.conn.Write(b); err != nil {
+		return fmt.Errorf("fault server: %s: %w", o, err)
+	}
+	return nil
+}
+
+// receive waits for a reply. A server that died is a capture that failed: the
+// kernel has let go for it.
+func (c *Client) receive(ctx context.Context) error {
+	stop := context.AfterFunc(ctx, func() { _ = c.conn.SetReadDeadline(time.Unix(1, 0)) })
+	n, err := c.conn.Read(c.buf)
+	if !stop() {
+		return errors.Join(ctx.Err(), c.conn.SetReadDeadline(time.Time{}))
+	}
+	if err == nil && n == 0 {
+		err = io.EOF
+	}
+	if err != nil {
+		c.over = true
+		return &Error{Failure: Broken, Detail: fmt.Sprintf("the fault server is gone: %v", err)}
+	}
+	var r reply
+	if err := json.Unmarshal(c.buf[:n], &r); err != nil {
+		return fmt.Errorf("fault server: reply: %w", err)
+	}
+	c.stats = r.Stats
+	if r.Failure != "" {
+		c.over = true
+		return &Error{Failure: r.Failure, Detail: r.Detail}
+	}
+	return nil
+}
+
+// Close ends the server, which lets go if it has not, and frees the arena. The
+// consumers of its rings have ended. A server that does not end within a second
+// is killed: then the kernel lets go.
+func (c *Client) Close() error {
+	err := c.conn.Close()
+	kill := time.AfterFunc(time.Second, func() { _ = c.cmd.Process.Kill() })
+	// How it ended does not matter any more; that it ended does.
+	_ = c.cmd.Wait()
+	kill.Stop()
+	return errors.Join(err, c.arena.Close())
+}

@@ -1,0 +1,245 @@
+package faultserver
+
+import (
+	"errors"
+	"math/bits"
+	"runtime"
+	"sync"
+	"time"
+
+	"github.com/ckagent/ckagent/agent/capture/arena"
+	"github.com/ckagent/ckagent/uffd"
+	"golang.org/x/sys/unix"
+)
+
+// faultThread serves the guest's write faults. It owns one ring.
+type faultThread struct {
+	s    *server
+	ring *arena.Ring
+
+	mu sync.Mutex // held while messages are worked on; see freeze
+
+	// of the thread, read by others after it ended
+	around    uint64 // pages to capture at the next fault, adapted to how the guest writes
+	lastEnd   uint64 // page after the last captured one
+	lastBlock int
+	tracked   uint64
+	faults    uint64
+	pages     uint64
+	serviceNS histogram
+}
+
+// spin is how long an idle fault thread keeps asking before it sleeps: a guest
+// that writes to one armed page often writes to the next at once, and being
+// woken costs more than the whole service.
+const spin = 20 * time.Microsecond
+
+func (t *faultThread) run() {
+	runtime.LockOSThread()
+	defer runtime.UnlockOSThread()
+	var msgs [16]uffd.Msg
+	var idleSince time.Time
+	for {
+		n, errno := t.s.h.ReadRaw(msgs[:])
+		switch errno {
+		case 0:
+			idleSince = time.Time{}
+			t.serve(msgs[:n])
+			continue
+		case unix.EINTR:
+			continue
+		case unix.EAGAIN:
+		default:
+			t.s.fail(Broken, "read faults: %v", errno)
+			return
+		}
+		if phase(t.s.phase.Load()) == capturing && t.faults > 0 {
+			now := time.Now()
+			if idleSince.IsZero() {
+				idleSince = now
+			}
+			if now.Sub(idleSince) < spin {
+				continue
+			}
+		}
+		if err := t.s.h.Wait(t.s.stop); err != nil {
+			if !errors.Is(err, uffd.ErrStopped) {
+				t.s.fail(Broken, "wait for faults: %v", err)
+			}
+			return
+		}
+	}
+}
+
+func (t *faultThread) serve(msgs []uffd.Msg) {
+	begin := time.Now()
+	t.mu.Lock()
+	defer t.mu.Unlock()
+	for i := range msgs {
+		if msgs[i].Event != uffd.EventPagefault {
+			continue
+		}
+		block, page, ok := t.s.locate(msgs[i].Address)
+		if !ok {
+			continue
+		}
+		switch phase(t.s.phase.Load()) {
+		case tracking:
+			t.track(t.s.tables[block], page)
+		case capturing:
+			t.faults++
+			t.capture(block, t.s.tables[block], page)
+			now := time.Now()
+			t.serviceNS.add(now.Sub(begin))
+			begin = now
+		default: // released: unregistering wakes everybody
+		}
+	}
+}
+
+// locate finds the block and the page of an address.
+func (s *server) locate(addr uint64) (block int, page uint64, ok bool) {
+	for i, t := range s.tables {
+		if addr-t.block.HVA < t.block.Pages*pageBytes {
+			return i, (addr - t.block.HVA) / pageBytes, true
+		}
+	}
+	return 0, 0, false
+}
+
+// track lets a write through and remembers it. The protection is lifted before
+// the page is marked dirty: a pass that clears the mark in between has armed the
+// page after it was marked, never before it was freed.
+func (t *faultThread) track(tab *pageTable, page uint64) {
+	t.tracked++
+	first, n := tab.granule(page)
+	for {
+		errno := t.s.h.UnprotectRaw(tab.block.HVA+first*pageBytes, n*pageBytes, true)
+		if errno == unix.EAGAIN {
+			runtime.Gosched()
+			continue
+		}
+		if errno != 0 {
+			t.s.fail(Broken, "page %d: let a write through: %v", page, errno)
+			return
+		}
+		break
+	}
+	if tab.populated != nil {
+		setRange(tab.populated, first, n)
+		setRange(tab.held, first, n)
+	}
+	setRange(tab.dirty, first, n)
+}
+
+// capture keeps the page's old content, with some neighbours that the guest is
+// likely to write next, and lets the write go on.
+func (t *faultThread) capture(block int, tab *pageTable, page uint64) {
+	if tab.isHuge(page) && t.captureHuge(block, tab, page) {
+		return
+	}
+	t.adapt(block, page)
+	w := int(page / wordPages)
+	got := tab.claim(w, tab.around(page, t.around))
+	mine := got>>(page%wordPages)&1 != 0
+	for got != 0 {
+		off, n := lowestRun(got)
+		got &^= maskOf(off, n)
+		if !t.captureRun(block, tab, uint64(w)*wordPages+off, n) {
+			return
+		}
+	}
+	// Whoever else claimed the page wakes the guest when it is done. If it was
+	// done before this fault was read, waking again does no harm.
+	if !mine && tab.isDone(page) {
+		t.s.unprotect(block, tab, page, 1)
+	}
+	t.lastBlock, t.lastEnd = block, page+1
+}
+
+// adapt doubles the fault-around while faults come next to each other, and
+// halves it when they do not or when the ring fills up.
+func (t *faultThread) adapt(block int, page uint64) {
+	near := block == t.lastBlock && page-t.lastEnd+2*t.around < 4*t.around
+	roomy := t.ring.FreePages() > t.ring.Pages()/4
+	switch {
+	case near && roomy:
+		t.around = min(t.around*2, uint64(t.s.cfg.FaultAround))
+	case t.around > 1:
+		t.around /= 2
+	}
+}
+
+// captureHuge takes the huge page at once, so that it stays whole. It does so
+// only while the ring has plenty of room. It reports whether page was captured.
+func (t *faultThread) captureHuge(block int, tab *pageTable, page uint64) bool {
+	if t.ring.FreePages() < t.ring.Pages()/2 || t.ring.MaxReserve() < hugePages {
+		return false
+	}
+	first := page &^ (hugePages - 1)
+	n := tab.claimHuge(first)
+	return n > 0 && t.captureRun(block, tab, first, n) && page < first+n
+}
+
+// captureRun captures claimed pages; it waits at most the stall budget for room.
+func (t *faultThread) captureRun(block int, tab *pageTable, first, n uint64) bool {
+	data, ok := t.ring.Reserve(int(n), t.s.cfg.MaxStall)
+	if !ok {
+		t.s.fail(Stalled, "no room for a page the guest wants to write: the store took more than %v", t.s.cfg.MaxStall)
+		return false
+	}
+	if !t.s.captureRun(block, tab, first, n, data) {
+		return false
+	}
+	t.ring.Publish(block, first, n, arena.ByFault)
+	t.pages += n
+	t.s.pagesDone(int64(n))
+	return true
+}
+
+// addTo adds the thread's figures to those of the capture.
+func (t *faultThread) addTo(st *Stats) {
+	st.TrackedFaults += t.tracked
+	st.Faults += t.faults
+	st.FaultPages += t.pages
+	st.FaultP50NS = max(st.FaultP50NS, t.serviceNS.quantile(0.5))
+	st.FaultP99NS = max(st.FaultP99NS, t.serviceNS.quantile(0.99))
+	st.FaultMaxNS = max(st.FaultMaxNS, t.serviceNS.max)
+}
+
+// histogram counts durations in buckets of a quarter of a power of two.
+type histogram struct {
+	n       uint64
+	max     int64
+	buckets [256]uint64
+}
+
+func (h *histogram) add(d time.Duration) {
+	ns := max(d.Nanoseconds(), 1)
+	h.n++
+	h.max = max(h.max, ns)
+	h.buckets[bucketOf(ns)]++
+}
+
+func bucketOf(ns int64) int {
+	e := bits.Len64(uint64(ns)) - 1
+	if e < 2 {
+		return e * 4
+	}
+	return e*4 + int(uint64(ns)>>(e-2)&3)
+}
+
+// quantile is the lower bound of the bucket that holds quantile q; 0 if empty.
+func (h *histogram) quantile(q float64) int64 {
+	seen, want := uint64(0), uint64(float64(h.n)*q)
+	for i, c := range h.buckets {
+		if seen += c; c > 0 && seen > want {
+			e := i / 4
+			if e < 2 {
+				return 1 << e
+			}
+			return int64(4+i%4) << (e - 2)
+		}
+	}
+	return h.max
+}

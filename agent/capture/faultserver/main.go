@@ -1,0 +1,239 @@
+package faultserver
+
+import (
+	"encoding/json"
+	"errors"
+	"fmt"
+	"io"
+	"net"
+	"os"
+	"runtime"
+	"runtime/debug"
+	"time"
+
+	"golang.org/x/sys/unix"
+
+	"github.com/ckagent/ckagent/agent/capture/arena"
+)
+
+// Descriptors a fault server inherits.
+const (
+	socketFD = 3 + iota
+	arenaFD
+	controlFD
+)
+
+const (
+	maxDatagram = 1 << 20
+	beatEvery   = 20 * time.Millisecond
+	// memoryLimit makes the collector run after all, should set-up ever need
+	// more than planned.
+	memoryLimit = 192 << 20
+)
+
+// Deps are what the process needs from packages above this one.
+type Deps struct {
+	// Take creates a userfaultfd inside the process and returns our descriptor
+	// of it, the only one left.
+	Take func(pid int) (*os.File, error)
+	// OpenControl maps the control page and returns what marks us alive in it.
+	OpenControl func(*os.File) (beat func(), err error)
+}
+
+// Main is the process. It ends when its capture is over, the agent closes the
+// socket or dies.
+func Main(d Deps) error {
+	debug.SetGCPercent(-1)
+	debug.SetMemoryLimit(memoryLimit)
+	// Where locking is not allowed the server still works, less predictably.
+	_ = unix.Mlockall(unix.MCL_CURRENT | unix.MCL_FUTURE | unix.MCL_ONFAULT)
+
+	conn, err := inheritedSocket()
+	if err != nil {
+		return err
+	}
+	defer conn.Close()
+	beat, err := d.OpenControl(os.NewFile(controlFD, "control"))
+	if err != nil {
+		return err
+	}
+	beat()
+	a, err := arena.Open(os.NewFile(arenaFD, "arena"))
+	if err != nil {
+		return err
+	}
+	if err := a.Populate(); err != nil {
+		return err
+	}
+	var cfg Config
+	buf := make([]byte, maxDatagram)
+	n, err := conn.Read(buf)
+	if err != nil {
+		return fmt.Errorf("fault server: read the configuration: %w", err)
+	}
+	if err := json.Unmarshal(buf[:n], &cfg); err != nil {
+		return fmt.Errorf("fault server: configuration: %w", err)
+	}
+	// A thread that is inside a bare system call holds its P; there must be
+	// others left for the command loop.
+	runtime.GOMAXPROCS(cfg.FaultThreads + cfg.ScanThreads + 3)
+	s, err := newServer(cfg, a)
+	if err != nil {
+		return errors.Join(err, send(conn, nil, err))
+	}
+	if err := send(conn, s, nil); err != nil {
+		return err
+	}
+	loop := &commandLoop{s: s, conn: conn, take: d.Take, beat: beat}
+	return errors.Join(loop.run(), s.close())
+}
+
+func inheritedSocket() (*net.UnixConn, error) {
+	f := os.NewFile(socketFD, "socket")
+	defer f.Close()
+	c, err := net.FileConn(f)
+	if err != nil {
+		return nil, fmt.Errorf("fault server: socket: %w", err)
+	}
+	u, ok := c.(*net.UnixConn)
+	if !ok {
+		return nil, errors.Join(fmt.Errorf("fault server: socket is a %T", c), c.Close())
+	}
+	return u, nil
+}
+
+// commandLoop owns the server's phase.
+type commandLoop struct {
+	s    *server
+	conn *net.UnixConn
+	take func(pid int) (*os.File, error)
+	beat func()
+}
+
+// run serves commands until the capture is over. Whatever happens, nothing is
+// armed when it returns.
+func (l *commandLoop) run() error {
+	requests := make(chan op)
+	done := make(chan struct{})
+	readErr := make(chan error, 1)
+	go func() { // joined by readErr: closing the socket ends its read
+		readErr <- l.read(requests, done)
+		close(requests)
+	}()
+	err := l.serve(requests)
+	err = errors.Join(err, l.s.release())
+	close(done)
+	err = errors.Join(err, l.conn.Close())
+	if e := <-readErr; !errors.Is(e, io.EOF) && !errors.Is(e, net.ErrClosed) {
+		err = errors.Join(err, e)
+	}
+	return err
+}
+
+func (l *commandLoop) read(requests chan<- op, done <-chan struct{}) error {
+	buf := make([]byte, 4096)
+	for {
+		n, err := l.conn.Read(buf)
+		if err != nil {
+			return err
+		}
+		if n == 0 {
+			return io.EOF
+		}
+		o, err := decodeRequest(buf[:n])
+		if err != nil {
+			return err
+		}
+		select {
+		case requests <- o:
+		case <-done:
+			return io.EOF
+		}
+	}
+}
+
+func (l *commandLoop) serve(requests <-chan op) error {
+	tick := time.NewTicker(beatEvery)
+	defer tick.Stop()
+	complete := (chan struct{})(nil)
+	for {
+		select {
+		case <-tick.C:
+			l.beat()
+		case <-l.s.failed:
+			// Let go first; the agent learns of it by its next request, or now
+			// if it is waiting for the scan.
+			err := l.s.release()
+			if complete != nil {
+				return errors.Join(err, send(l.conn, l.s, l.s.failure))
+			}
+			if _, open := <-requests; !open {
+				return err
+			}
+			return errors.Join(err, send(l.conn, l.s, l.s.failure))
+		case <-complete:
+			return l.finish()
+		case o, open := <-requests:
+			if !open {
+				return nil // the agent is gone: run lets go
+			}
+			var err error
+			switch {
+			case o == opPrearm && l.s.h == nil:
+				err = l.s.prearm(func() (*os.File, error) { return l.take(l.s.cfg.QEMUPID) })
+			case o == opFreeze && phase(l.s.phase.Load()) == tracking:
+				err = l.s.freeze()
+			case o == opScan && phase(l.s.phase.Load()) == capturing && complete == nil:
+				complete = l.s.complete
+				l.s.scan()
+				continue // the reply comes when everything is captured
+			case o == opAbort:
+				err = &Error{Failure: Aborted, Detail: "asked to"}
+			default:
+				err = &Error{Failure: Broken, Detail: fmt.Sprintf("request %q in phase %d", o, l.s.phase.Load())}
+			}
+			if err != nil {
+				err = errors.Join(err, l.s.release())
+			}
+			if sendErr := send(l.conn, l.s, err); sendErr != nil || err != nil {
+				return sendErr
+			}
+		}
+	}
+}
+
+// finish ends a complete capture: let go, end the rings, mend huge pages.
+func (l *commandLoop) finish() error {
+	l.s.stats.ScanNS = time.Since(l.s.froze).Nanoseconds()
+	err := l.s.release()
+	if err == nil {
+		err = l.s.failedWith()
+	}
+	if err == nil {
+		err = l.s.finishRings()
+	}
+	l.s.collapse(l.beat)
+	return send(l.conn, l.s, err)
+}
+
+// send replies with the figures so far and the error, if there is one.
+func send(conn *net.UnixConn, s *server, err error) error {
+	var r reply
+	if s != nil {
+		r.Stats = s.stats
+	}
+	if err != nil {
+		r.Failure, r.Detail = Broken, err.Error()
+		if e, ok := errors.AsType[*Error](err); ok {
+			r.Failure, r.Detail = e.Failure, e.Detail
+		}
+	}
+	b, err := json.Marshal(r)
+	if err != nil {
+		return err
+	}
+	if _, err := conn.Write(b); err != nil && !errors.Is(err, unix.EPIPE) && !errors.Is(err, unix.ECONNRESET) {
+		return fmt.Errorf("fault server: reply: %w", err)
+	}
+	return nil
+}

@@ -1,0 +1,245 @@
+package faultserver
+
+import (
+	"errors"
+	"runtime"
+	"sync/atomic"
+	"time"
+
+	"golang.org/x/sys/unix"
+
+	"github.com/ckagent/ckagent/agent/capture/arena"
+	"github.com/ckagent/ckagent/agent/capture/source"
+)
+
+const (
+	windowWords = 128 // bitmap words per window: 32 MiB, one look at the page map
+	reserveWait = 20 * time.Millisecond
+	scanNice    = 5 // the guest's vCPUs and the fault threads come first
+)
+
+// scanner captures what the guest does not write, so that the capture ends. The
+// scanners share the work by taking windows in turn. Each owns one ring.
+type scanner struct {
+	s     *server
+	id    int
+	ring  *arena.Ring
+	pages uint64
+	runs  []source.Run
+}
+
+// run first captures what was hot before the freeze, because the guest will
+// write it again, and then everything in ascending order.
+func (c *scanner) run() {
+	runtime.LockOSThread()
+	defer runtime.UnlockOSThread()
+	_ = unix.Setpriority(unix.PRIO_PROCESS, unix.Gettid(), scanNice) // a preference, not a need
+	defer func() { atomic.AddUint64(&c.s.stats.ScanPages, c.pages) }()
+	n := 0
+	for _, hot := range []bool{true, false} {
+		for b, t := range c.s.tables {
+			for w := 0; w < t.words(); w += windowWords {
+				if n++; n%c.s.cfg.ScanThreads != c.id {
+					continue
+				}
+				if !c.window(b, t, w, min(w+windowWords, t.words()), hot) {
+					return
+				}
+			}
+		}
+	}
+}
+
+// window captures the words [w, end) of a block; with hot, only those that were
+// hot. It reports whether to go on.
+func (c *scanner) window(block int, t *pageTable, w, end int, hot bool) bool {
+	content, err := c.content(block, t, w, end)
+	if err != nil {
+		c.s.fail(Broken, "block %d: page map: %v", block, err)
+		return false
+	}
+	from := w
+	for w < end {
+		switch {
+		case phase(c.s.phase.Load()) != capturing || c.s.failedWith() != nil:
+			return false
+		case hot && t.hot[w] == 0 || atomic.LoadUint64(&t.claimed[w]) == t.full(w):
+			w++
+		case content[w-from] == 0:
+			last := w + 1
+			for last < end && content[last-from] == 0 && (!hot || t.hot[last] != 0) {
+				last++
+			}
+			if !c.zeroWords(block, t, w, last) {
+				return false
+			}
+			w = last
+		case c.isWholeHuge(t, w, end):
+			if !c.huge(block, t, uint64(w)*wordPages) {
+				return false
+			}
+			if atomic.LoadUint64(&t.claimed[w]) == t.full(w) {
+				w++
+			}
+		default:
+			if !c.word(block, t, w, content[w-from]) {
+				return false
+			}
+			w++
+		}
+	}
+	return true
+}
+
+// content tells which pages of the words had content at the freeze. What is
+// absent now is proved to have been absent then by its mark, when it is captured.
+func (c *scanner) content(block int, t *pageTable, w, end int) (masks [windowWords]uint64, err error) {
+	if t.populated != nil {
+		for i := w; i < end; i++ {
+			masks[i-w] = atomic.LoadUint64(&t.populated[i])
+		}
+		return masks, nil
+	}
+	first := uint64(w) * wordPages
+	n := min(uint64(end)*wordPages, t.block.Pages) - first
+	if c.runs, err = c.s.src.Runs(block, first, n, c.runs[:0]); err != nil {
+		return masks, err
+	}
+	for _, r := range c.runs {
+		if !r.Zero {
+			setRange(masks[:], r.First-first, r.Pages)
+		}
+	}
+	return masks, nil
+}
+
+// reserve waits for room in the ring. Nothing is claimed meanwhile, so the guest
+// never waits for the store through a scanner.
+func (c *scanner) reserve(pages int) ([]byte, bool) {
+	for phase(c.s.phase.Load()) == capturing && c.s.failedWith() == nil {
+		if data, ok := c.ring.Reserve(pages, reserveWait); ok {
+			return data, true
+		}
+	}
+	return nil, false
+}
+
+// zeroWords captures words without content in one step.
+func (c *scanner) zeroWords(block int, t *pageTable, w, end int) bool {
+	var first, n uint64
+	flush := func() bool { return n == 0 || c.zeroRun(block, t, first, n) }
+	for ; w < end; w++ {
+		for got := t.claim(w, t.full(w)); got != 0; {
+			off, k := lowestRun(got)
+			got &^= maskOf(off, k)
+			at := uint64(w)*wordPages + off
+			if n > 0 && at == first+n {
+				n += k
+				continue
+			}
+			if !flush() {
+				return false
+			}
+			first, n = at, k
+		}
+	}
+	return flush()
+}
+
+// zeroRun captures a claimed run of pages without content.
+func (c *scanner) zeroRun(block int, t *pageTable, first, n uint64) bool {
+	start := t.block.HVA + first*pageBytes
+	if !c.s.prove(block, t, first, n, start, start+n*pageBytes) || !c.s.unprotect(block, t, first, n) {
+		return false
+	}
+	for !c.ring.PublishZero(block, first, n, arena.ByScan, reserveWait) {
+		if c.s.failedWith() != nil {
+			return false
+		}
+	}
+	c.done(n)
+	return true
+}
+
+// isWholeHuge reports whether a huge page that nobody has begun on starts at
+// word w and lies within the window.
+func (c *scanner) isWholeHuge(t *pageTable, w, end int) bool {
+	if w%hugeWords != 0 || w+hugeWords > end || !t.isHuge(uint64(w)*wordPages) || c.ring.MaxReserve() < hugePages {
+		return false
+	}
+	for i := range hugeWords {
+		if atomic.LoadUint64(&t.claimed[w+i]) != 0 {
+			return false
+		}
+	}
+	return true
+}
+
+// huge captures a huge page in one piece, so that its protection is lifted
+// without splitting it.
+func (c *scanner) huge(block int, t *pageTable, first uint64) bool {
+	data, ok := c.reserve(hugePages)
+	if !ok {
+		return false
+	}
+	// Where the guest was faster, the rest is captured word by word.
+	n := t.claimHuge(first)
+	return n == 0 || c.captured(block, t, first, n, data[:n*pageBytes])
+}
+
+// word captures what is left of one word; content says which of its pages had
+// any.
+func (c *scanner) word(block int, t *pageTable, w int, content uint64) bool {
+	data, ok := c.reserve(wordPages)
+	if !ok {
+		return false
+	}
+	got := t.claim(w, t.full(w))
+	for _, zero := range []bool{false, true} {
+		m := got & content
+		if zero {
+			m = got &^ content
+		}
+		for m != 0 {
+			off, n := lowestRun(m)
+			m &^= maskOf(off, n)
+			first := uint64(w)*wordPages + off
+			if zero {
+				if !c.zeroRun(block, t, first, n) {
+					return false
+				}
+				continue
+			}
+			if !c.captured(block, t, first, n, data[:n*pageBytes]) {
+				return false
+			}
+			data = data[n*pageBytes:]
+		}
+	}
+	return true
+}
+
+// captured captures a claimed run into data, the next pages of the ring.
+func (c *scanner) captured(block int, t *pageTable, first, n uint64, data []byte) bool {
+	if !c.s.captureRun(block, t, first, n, data) {
+		return false
+	}
+	c.ring.Publish(block, first, n, arena.ByScan)
+	c.done(n)
+	return true
+}
+
+func (c *scanner) done(n uint64) {
+	c.pages += n
+	c.s.pagesDone(int64(n))
+}
+
+// finishRings tells the agent that every ring has ended. All threads have.
+func (s *server) finishRings() error {
+	for i := range s.arena.Rings() {
+		if !s.arena.Ring(i).Finish(s.cfg.MaxStall) {
+			return errors.New("no room for the end of a ring")
+		}
+	}
+	return nil
+}

@@ -1,0 +1,365 @@
+package faultserver
+
+import (
+	"errors"
+	"fmt"
+	"os"
+	"runtime"
+	"sync"
+	"sync/atomic"
+	"time"
+
+	"golang.org/x/sys/unix"
+
+	"github.com/ckagent/ckagent/agent/capture/arena"
+	"github.com/ckagent/ckagent/agent/capture/source"
+	"github.com/ckagent/ckagent/uffd"
+	"github.com/ckagent/ckagent/uffd/pagemap"
+)
+
+// phase is what a fault means. Only the command loop changes it.
+type phase uint32
+
+const (
+	idle phase = iota
+	tracking
+	capturing
+	released
+)
+
+// server is the state of one capture.
+type server struct {
+	cfg    Config
+	arena  *arena.Arena
+	src    *source.Source
+	pm     *pagemap.Pagemap
+	tables []*pageTable
+
+	phase   atomic.Uint32
+	h       *uffd.Handle // from prearm to release; used by all threads
+	stop    *uffd.Stop   // ends the fault threads
+	faults  []*faultThread
+	threads sync.WaitGroup // fault threads and scanners
+
+	failOnce sync.Once
+	failed   chan struct{} // closed with failure set
+	failure  *Error
+
+	remaining atomic.Int64 // pages not done; 0 closes complete
+	complete  chan struct{}
+
+	stats Stats // the command loop's; threads keep their own and are read after they ended
+	froze time.Time
+}
+
+func newServer(cfg Config, a *arena.Arena) (*server, error) {
+	if err := cfg.validate(); err != nil {
+		return nil, err
+	}
+	if a.Rings() != cfg.FaultThreads+cfg.ScanThreads {
+		return nil, fmt.Errorf("fault server: %d rings for %d fault and %d scan threads", a.Rings(), cfg.FaultThreads, cfg.ScanThreads)
+	}
+	src, err := source.Open(cfg.QEMUPID, cfg.Blocks)
+	if err != nil {
+		return nil, err
+	}
+	s := &server{cfg: cfg, arena: a, src: src, pm: src.Pagemap(),
+		failed: make(chan struct{}), complete: make(chan struct{})}
+	pages := uint64(0)
+	for _, b := range cfg.Blocks {
+		s.tables = append(s.tables, newPageTable(b))
+		pages += b.Pages
+	}
+	s.remaining.Store(int64(pages))
+	if s.stop, err = uffd.NewStop(); err != nil {
+		return nil, errors.Join(err, src.Close())
+	}
+	for i := range cfg.FaultThreads {
+		s.faults = append(s.faults, &faultThread{s: s, ring: a.Ring(i), around: 1})
+	}
+	return s, nil
+}
+
+// close frees what newServer opened. The threads have ended.
+func (s *server) close() error {
+	return errors.Join(s.stop.Close(), s.src.Close())
+}
+
+// fail records the first failure. Threads call it and go on or end; the command
+// loop lets go.
+func (s *server) fail(f Failure, format string, args ...any) {
+	s.failOnce.Do(func() {
+		s.failure = &Error{Failure: f, Detail: fmt.Sprintf(format, args...)}
+		close(s.failed)
+	})
+}
+
+// failedWith returns the failure, if there was one.
+func (s *server) failedWith() error {
+	select {
+	case <-s.failed:
+		return s.failure
+	default:
+		return nil
+	}
+}
+
+// features are those every capture needs. WP_UNPOPULATED makes absent pages
+// carry the mark, without which a page that appears after the arm could not be
+// told from one that was there.
+const features = uffd.FeaturePagefaultFlagWP | uffd.FeatureWPHugetlbfsShmem | uffd.FeatureWPUnpopulated
+
+const (
+	armStep      = 256 << 20 // bytes armed per call, so that a call holds the mmap lock for some ms
+	enoughRuns   = 32        // as few dirty runs as this are left for the freeze
+	prearmPasses = 6         // bound on the passes; a guest that writes faster than we arm never gets there
+)
+
+// prearm arms everything while the guest runs. Faults are let through and
+// remembered; passes over what was written meanwhile shrink what is left for the
+// freeze.
+func (s *server) prearm(take func() (*os.File, error)) error {
+	begin := time.Now()
+	f, err := take()
+	if err != nil {
+		return &Error{Failure: Unsupported, Detail: err.Error()}
+	}
+	s.stats.InjectNS = time.Since(begin).Nanoseconds()
+	h, err := uffd.Adopt(f, features)
+	if err != nil {
+		return &Error{Failure: Unsupported, Detail: err.Error()}
+	}
+	if err := h.SetNonblock(true); err != nil {
+		return &Error{Failure: Broken, Detail: errors.Join(err, h.Close()).Error()}
+	}
+	s.h = h
+	// Faults are served before the first page is armed: QEMU's main thread
+	// writes guest RAM too, and it is the one that answers us.
+	s.phase.Store(uint32(tracking))
+	for _, t := range s.faults {
+		s.threads.Go(t.run)
+	}
+	for _, t := range s.tables {
+		if _, err := h.Register(t.block.HVA, t.block.Pages*pageBytes, uffd.ModeWP); err != nil {
+			return &Error{Failure: Unsupported, Detail: err.Error()}
+		}
+		if err := s.noteHuge(t); err != nil {
+			return &Error{Failure: Broken, Detail: err.Error()}
+		}
+	}
+	armBegin := time.Now()
+	for _, t := range s.tables {
+		for at, end := t.block.HVA, t.block.End(); at < end; at += armStep {
+			if err := h.WriteProtect(at, min(armStep, end-at)); err != nil {
+				return &Error{Failure: Unsupported, Detail: err.Error()}
+			}
+			if err := s.failedWith(); err != nil {
+				return err
+			}
+		}
+	}
+	s.stats.ArmNS = time.Since(armBegin).Nanoseconds()
+	// After the arm, so that whatever becomes populated from here on faults and
+	// is remembered: the two together are what is populated at the freeze.
+	for i, t := range s.tables {
+		if err := s.notePopulated(i, t); err != nil {
+			return &Error{Failure: Broken, Detail: err.Error()}
+		}
+	}
+	for range prearmPasses {
+		runs, err := s.rearm()
+		if err != nil {
+			return err
+		}
+		s.stats.PrearmPasses++
+		if runs <= enoughRuns {
+			break
+		}
+	}
+	s.stats.PrearmNS = time.Since(begin).Nanoseconds()
+	return s.failedWith()
+}
+
+// noteHuge remembers which huge pages there are.
+func (s *server) noteHuge(t *pageTable) error {
+	if !t.hugeOK || !s.cfg.HugeAround {
+		return nil
+	}
+	var regions [128]pagemap.Region
+	q := pagemap.Query{Mask: pagemap.IsHuge | pagemap.IsPresent, Return: pagemap.IsHuge}
+	return s.pm.ScanAll(t.block.HVA, t.block.End(), q, regions[:], func(r pagemap.Region) bool {
+		first := (r.Start - t.block.HVA + hugePages*pageBytes - 1) / (hugePages * pageBytes)
+		for g := first; (g+1)*hugePages*pageBytes <= r.End-t.block.HVA; g++ {
+			t.markHuge(g)
+			s.stats.HugeBefore++
+		}
+		return true
+	})
+}
+
+// notePopulated remembers which pages of a file-backed block have content.
+func (s *server) notePopulated(block int, t *pageTable) error {
+	if t.populated == nil {
+		return nil
+	}
+	runs, err := s.src.Runs(block, 0, t.block.Pages, nil)
+	if err != nil {
+		return err
+	}
+	for _, r := range runs {
+		if !r.Zero {
+			setRange(t.populated, r.First, r.Pages)
+		}
+	}
+	return s.src.Held(block, 0, t.block.Pages, func(first, n uint64) { setRange(t.held, first, n) })
+}
+
+// rearm arms the pages that were written since they were armed.
+func (s *server) rearm() (runs int, err error) {
+	for _, t := range s.tables {
+		n, err := t.takeDirty(func(first, n uint64) error {
+			return s.h.WriteProtect(t.block.HVA+first*pageBytes, n*pageBytes)
+		})
+		if runs += n; err != nil {
+			return runs, &Error{Failure: Broken, Detail: err.Error()}
+		}
+	}
+	return runs, nil
+}
+
+// freeze makes the memory as it is now the checkpoint's. The guest is stopped
+// and its device state saved; only QEMU itself might still write.
+func (s *server) freeze() error {
+	begin := time.Now()
+	for _, t := range s.faults {
+		t.mu.Lock()
+	}
+	runs, err := s.rearm()
+	if err == nil {
+		s.phase.Store(uint32(capturing))
+	}
+	for _, t := range s.faults {
+		t.mu.Unlock()
+	}
+	s.froze = time.Now()
+	s.stats.FreezeRuns, s.stats.FreezeNS = runs, s.froze.Sub(begin).Nanoseconds()
+	if err != nil {
+		return err
+	}
+	return s.failedWith()
+}
+
+// scan starts the scanners.
+func (s *server) scan() {
+	for i := range s.cfg.ScanThreads {
+		sc := &scanner{s: s, id: i, ring: s.arena.Ring(s.cfg.FaultThreads + i)}
+		s.threads.Go(sc.run)
+	}
+}
+
+// release lets go of the guest's memory: the kernel drops every mark and wakes
+// every waiting thread. It is safe in every phase, and idempotent.
+func (s *server) release() error {
+	if s.h == nil {
+		return nil
+	}
+	begin := time.Now()
+	s.phase.Store(uint32(released))
+	var errs []error
+	for _, t := range s.tables {
+		// An unmapped or never registered range is as free as it can be.
+		if err := s.h.Unregister(t.block.HVA, t.block.Pages*pageBytes); err != nil &&
+			!errors.Is(err, unix.ENOENT) && !errors.Is(err, unix.EINVAL) && !errors.Is(err, unix.ESRCH) && !errors.Is(err, unix.ENOMEM) {
+			errs = append(errs, err)
+		}
+	}
+	errs = append(errs, s.stop.Signal())
+	s.threads.Wait()
+	for _, t := range s.faults {
+		t.addTo(&s.stats)
+	}
+	errs = append(errs, s.h.Close())
+	s.h = nil
+	s.stats.ReleaseNS = time.Since(begin).Nanoseconds()
+	return errors.Join(errs...)
+}
+
+// pagesDone takes n pages off what remains to be captured.
+func (s *server) pagesDone(n int64) {
+	if s.remaining.Add(-n) == 0 {
+		close(s.complete)
+	}
+}
+
+// captureRun is the heart of it: copy, prove, release. The pages [first,
+// first+n) are claimed by the caller; data is n pages of its ring. It reports
+// whether the copy is the content at the freeze.
+func (s *server) captureRun(block int, t *pageTable, first, n uint64, data []byte) bool {
+	start, end := t.block.HVA+first*pageBytes, t.block.HVA+(first+n)*pageBytes
+	if err := s.src.Read(block, first, data); err != nil {
+		s.fail(Broken, "block %d, page %d: %v", block, first, err)
+		return false
+	}
+	return s.prove(block, t, first, n, start, end) && s.unprotect(block, t, first, n)
+}
+
+// prove checks, after the copy, that nobody wrote or discarded a page of the
+// run since the freeze.
+func (s *server) prove(block int, t *pageTable, first, n uint64, start, end uint64) bool {
+	armed, errno := s.pm.AllArmedRaw(start, end)
+	if errno != 0 {
+		s.fail(Broken, "block %d, page %d: page map: %v", block, first, errno)
+		return false
+	}
+	if !armed {
+		s.fail(Unproven, "block %d: a page of %d+%d was written or discarded before it was captured", block, first, n)
+		return false
+	}
+	if t.held != nil && !s.stillHeld(block, t, first, n) {
+		s.fail(Unproven, "block %d: a page of %d+%d was discarded before it was captured", block, first, n)
+		return false
+	}
+	return true
+}
+
+// stillHeld reports whether every page of the run that was held at the freeze
+// is held now.
+func (s *server) stillHeld(block int, t *pageTable, first, n uint64) bool {
+	var missing [hugeWords + 1]uint64
+	base := first &^ (wordPages - 1)
+	if n > hugePages {
+		return s.stillHeld(block, t, first, hugePages) && s.stillHeld(block, t, first+hugePages, n-hugePages)
+	}
+	any := false
+	for at, end := first, first+n; at < end; {
+		off := at % wordPages
+		k := min(end-at, wordPages-off)
+		m := atomic.LoadUint64(&t.held[at/wordPages]) & maskOf(off, k)
+		missing[(at-base)/wordPages] = m
+		any = any || m != 0
+		at += k
+	}
+	if !any {
+		return true
+	}
+	if err := s.src.Held(block, first, n, func(first, n uint64) { clearRange(missing[:], first-base, n) }); err != nil {
+		return false
+	}
+	return missing == [hugeWords + 1]uint64{}
+}
+
+// unprotect lifts the marks of a captured run, wakes who waits for it, and makes
+// it done.
+func (s *server) unprotect(block int, t *pageTable, first, n uint64) bool {
+	errno := s.h.UnprotectRaw(t.block.HVA+first*pageBytes, n*pageBytes, true)
+	for errno == unix.EAGAIN { // the address space is being changed
+		runtime.Gosched()
+		errno = s.h.UnprotectRaw(t.block.HVA+first*pageBytes, n*pageBytes, true)
+	}
+	if errno != 0 {
+		s.fail(Broken, "block %d, page %d: unprotect %d pages: %v", block, first, n, errno)
+		return false
+	}
+	setRange(t.done, first, n)
+	return true
+}

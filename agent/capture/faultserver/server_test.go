@@ -1,0 +1,412 @@
+package faultserver
+
+import (
+	"bytes"
+	"context"
+	"encoding/binary"
+	"errors"
+	"fmt"
+	"math/rand/v2"
+	"os"
+	"sync"
+	"sync/atomic"
+	"testing"
+	"time"
+	"unsafe"
+
+	"go.uber.org/goleak"
+	"golang.org/x/sys/unix"
+
+	"github.com/ckagent/ckagent/agent/capture/source"
+	"github.com/ckagent/ckagent/uffd"
+)
+
+// The test binary plays the fault server when it is started as one. It takes the
+// userfaultfd that its parent, the target, made for it.
+func TestMain(m *testing.M) {
+	if len(os.Args) == 3 && os.Args[1] == "faultserver" {
+		if err := Main(Deps{Take: takeFromParent, OpenControl: func(*os.File) (func(), error) { return func() {}, nil }}); err != nil {
+			fmt.Fprintln(os.Stderr, "fault server:", err)
+			os.Exit(1)
+		}
+		os.Exit(0)
+	}
+	goleak.VerifyTestMain(m)
+}
+
+func takeFromParent(pid int) (*os.File, error) {
+	var fd int
+	if _, err := fmt.Sscan(os.Args[2], &fd); err != nil {
+		return nil, err
+	}
+	pidfd, err := unix.PidfdOpen(pid, 0)
+	if err != nil {
+		return nil, err
+	}
+	defer unix.Close(pidfd)
+	local, err := unix.PidfdGetfd(pidfd, fd, 0)
+	if err != nil {
+		return nil, err
+	}
+	return os.NewFile(uintptr(local), "userfaultfd"), nil
+}
+
+// target is memory of this process that a fault server captures, and writers
+// that change it all the time. Every word of a page holds its sequence number, so
+// a torn page shows.
+type target struct {
+	mem     []byte
+	kind    source.Kind
+	uffd    *os.File     // until a server has taken it
+	gate    sync.RWMutex // held for reading around each write: Lock stops the guest
+	stop    atomic.Bool
+	writes  atomic.Uint64
+	writers sync.WaitGroup
+}
+
+func newTarget(t *testing.T, kind source.Kind, pages int, huge bool) *target {
+	t.Helper()
+	fd, flags := -1, unix.MAP_PRIVATE|unix.MAP_ANONYMOUS
+	if kind != source.Anonymous {
+		var err error
+		if fd, err = unix.MemfdCreate("target", unix.MFD_CLOEXEC); err != nil {
+			t.Fatal(err)
+		}
+		defer unix.Close(fd)
+		if err := unix.Ftruncate(fd, int64((pages+hugePages)*pageBytes)); err != nil {
+			t.Fatal(err)
+		}
+		flags = unix.MAP_SHARED
+		if kind == source.PrivateFile {
+			flags = unix.MAP_PRIVATE
+		}
+	}
+	whole, err := unix.Mmap(fd, 0, (pages+hugePages)*pageBytes, unix.PROT_READ|unix.PROT_WRITE, flags)
+	if err != nil {
+		t.Fatal(err)
+	}
+	t.Cleanup(func() { unix.Munmap(whole) })
+	skip := -uintptr(unsafe.Pointer(&whole[0])) % (hugePages * pageBytes)
+	g := &target{mem: whole[skip:][:pages*pageBytes], kind: kind}
+	advice := unix.MADV_NOHUGEPAGE
+	if huge {
+		advice = unix.MADV_HUGEPAGE
+	}
+	if err := unix.Madvise(g.mem, advice); err != nil {
+		t.Fatal(err)
+	}
+	for p := range pages {
+		if p%8 < 5 || huge { // the rest stays absent
+			g.write(p, uint64(p))
+		}
+	}
+	return g
+}
+
+func (g *target) write(page int, seq uint64) {
+	b := g.mem[page*pageBytes:][:pageBytes]
+	for i := 0; i < pageBytes; i += 8 {
+		binary.LittleEndian.PutUint64(b[i:], seq)
+	}
+}
+
+// start runs writers that rewrite random pages.
+func (g *target) start(n int) {
+	for id := range n {
+		g.writers.Go(func() {
+			rng := rand.New(rand.NewPCG(uint64(id), 99))
+			for seq := uint64(id) << 32; !g.stop.Load(); seq++ {
+				g.gate.RLock()
+				g.write(rng.IntN(len(g.mem)/pageBytes), seq)
+				g.gate.RUnlock()
+				g.writes.Add(1)
+			}
+		})
+	}
+}
+
+func (g *target) end() {
+	g.stop.Store(true)
+	g.writers.Wait()
+}
+
+func startServer(t *testing.T, g *target, change func(*Start)) *Client {
+	t.Helper()
+	f, err := uffd.New(unix.O_CLOEXEC | unix.O_NONBLOCK)
+	if err != nil {
+		t.Fatal(err)
+	}
+	g.uffd = f
+	t.Cleanup(func() { f.Close() })
+	conn, err := f.SyscallConn()
+	if err != nil {
+		t.Fatal(err)
+	}
+	var fd uintptr
+	if err := conn.Control(func(p uintptr) { fd = p }); err != nil {
+		t.Fatal(err)
+	}
+	null, err := os.Open(os.DevNull)
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer null.Close()
+	self, err := os.Executable()
+	if err != nil {
+		t.Fatal(err)
+	}
+	o := Start{Self: self, Args: []string{"faultserver", fmt.Sprint(fd)}, Control: null,
+		FaultRingPages: 2048, ScanRingPages: 4096,
+		Config: Config{QEMUPID: os.Getpid(), FaultThreads: 2, ScanThreads: 1, MaxStall: 5 * time.Second,
+			FaultAround: 16, HugeAround: true, Collapse: time.Second,
+			Blocks: []source.Block{{HVA: uint64(uintptr(unsafe.Pointer(&g.mem[0]))), Pages: uint64(len(g.mem) / pageBytes), Kind: g.kind}}}}
+	if change != nil {
+		change(&o)
+	}
+	c, err := New(t.Context(), o)
+	if err != nil {
+		t.Fatal(err)
+	}
+	return c
+}
+
+// drain collects what the rings bring until each has ended or stop is closed.
+func drain(t *testing.T, c *Client, out []byte, stop <-chan struct{}) (pages uint64) {
+	t.Helper()
+	seen := make([]bool, len(out)/pageBytes)
+	var mu sync.Mutex
+	var wg sync.WaitGroup
+	for i := range c.Arena().Rings() {
+		r := c.Arena().Ring(i)
+		wg.Go(func() {
+			for {
+				rec, ok, done, err := r.Next(20 * time.Millisecond)
+				if err != nil {
+					t.Error(err)
+					return
+				}
+				if done {
+					return
+				}
+				if !ok {
+					select {
+					case <-stop:
+						return
+					default:
+						continue
+					}
+				}
+				mu.Lock()
+				for p := rec.First; p < rec.First+rec.Pages; p++ {
+					if seen[p] {
+						t.Errorf("page %d arrived twice", p)
+					}
+					seen[p] = true
+					pages++
+				}
+				mu.Unlock()
+				copy(out[rec.First*pageBytes:], rec.Data)
+				r.Done()
+			}
+		})
+	}
+	wg.Wait()
+	return pages
+}
+
+func TestCaptureIsTheMemoryAtTheFreeze(t *testing.T) {
+	for _, c := range []struct {
+		name string
+		kind source.Kind
+		huge bool
+	}{
+		{"anonymous", source.Anonymous, false},
+		{"huge pages", source.Anonymous, true},
+		{"memfd shared", source.Shared, false},
+		{"file private", source.PrivateFile, false},
+	} {
+		t.Run(c.name, func(t *testing.T) {
+			const pages = 32*hugePages + 77
+			for round := range 3 {
+				g := newTarget(t, c.kind, pages, c.huge)
+				g.start(2)
+				srv := startServer(t, g, nil)
+				if err := srv.Prearm(t.Context()); err != nil {
+					t.Fatal(err)
+				}
+				g.gate.Lock()
+				want := bytes.Clone(g.mem)
+				if err := srv.Freeze(t.Context()); err != nil {
+					t.Fatal(err)
+				}
+				g.gate.Unlock()
+				if err := srv.Scan(); err != nil {
+					t.Fatal(err)
+				}
+				got := make([]byte, len(want))
+				n := drain(t, srv, got, nil)
+				if err := srv.Wait(t.Context()); err != nil {
+					t.Fatal(err)
+				}
+				g.end()
+				if n != pages {
+					t.Errorf("%d pages arrived, want %d", n, pages)
+				}
+				for p := range pages {
+					if !bytes.Equal(got[p*pageBytes:][:pageBytes], want[p*pageBytes:][:pageBytes]) {
+						t.Fatalf("page %d differs: %x, was %x", p, got[p*pageBytes:][:16], want[p*pageBytes:][:16])
+					}
+				}
+				st := srv.Stats()
+				if st.Faults == 0 || st.FaultPages+st.ScanPages != pages {
+					t.Errorf("faults %d, pages %d by fault and %d by scan", st.Faults, st.FaultPages, st.ScanPages)
+				}
+				if round == 0 {
+					t.Logf("%+v", st)
+				}
+				if err := srv.Close(); err != nil {
+					t.Error(err)
+				}
+			}
+		})
+	}
+}
+
+// A page discarded behind our back has lost its content; the capture says so
+// instead of delivering zeros.
+func TestDiscardedPageIsNoticed(t *testing.T) {
+	for _, kind := range []source.Kind{source.Anonymous, source.Shared, source.PrivateFile} {
+		g := newTarget(t, kind, 4096, false)
+		srv := startServer(t, g, nil)
+		if err := srv.Prearm(t.Context()); err != nil {
+			t.Fatal(err)
+		}
+		if err := srv.Freeze(t.Context()); err != nil {
+			t.Fatal(err)
+		}
+		advice := unix.MADV_DONTNEED
+		if kind == source.Shared {
+			advice = unix.MADV_REMOVE
+		}
+		if err := unix.Madvise(g.mem[4000*pageBytes:][:pageBytes], advice); err != nil {
+			t.Fatal(err)
+		}
+		if err := srv.Scan(); err != nil {
+			t.Fatal(err)
+		}
+		stop := make(chan struct{})
+		drained := make(chan struct{})
+		go func() { defer close(drained); drain(t, srv, make([]byte, len(g.mem)), stop) }()
+		if err := srv.Wait(t.Context()); FailureOf(err) != Unproven {
+			t.Errorf("kind %d: %v, want %s", kind, err, Unproven)
+		}
+		close(stop)
+		<-drained
+		g.write(0, 1) // nothing is armed any more
+		if err := srv.Close(); err != nil {
+			t.Error(err)
+		}
+	}
+}
+
+// With a consumer that hangs, the guest waits for the stall budget and not
+// longer; the capture is given up.
+func TestHangingStoreDoesNotHoldTheGuest(t *testing.T) {
+	g := newTarget(t, source.Anonymous, 8192, false)
+	srv := startServer(t, g, func(o *Start) {
+		o.Config.MaxStall, o.FaultRingPages, o.ScanRingPages = 80*time.Millisecond, 128, 128
+	})
+	if err := errors.Join(srv.Prearm(t.Context()), srv.Freeze(t.Context()), srv.Scan()); err != nil {
+		t.Fatal(err)
+	}
+	var longest time.Duration
+	for p := range 8192 {
+		begin := time.Now()
+		g.write(p, 7)
+		longest = max(longest, time.Since(begin))
+	}
+	if err := srv.Wait(t.Context()); FailureOf(err) != Stalled {
+		t.Errorf("%v, want %s", err, Stalled)
+	}
+	t.Logf("longest write %v", longest)
+	if longest < 80*time.Millisecond || longest > time.Second {
+		t.Errorf("longest write took %v, the budget is 80ms", longest)
+	}
+	if err := srv.Close(); err != nil {
+		t.Error(err)
+	}
+}
+
+// Killed at any time, the server takes its protection with it.
+func TestKilledServerFreesTheGuest(t *testing.T) {
+	for _, step := range []string{"prearmed", "frozen", "scanning"} {
+		g := newTarget(t, source.Anonymous, 8192, false)
+		srv := startServer(t, g, nil)
+		if err := srv.Prearm(t.Context()); err != nil {
+			t.Fatal(err)
+		}
+		g.uffd.Close() // the server's is the only one now
+		if step != "prearmed" {
+			if err := srv.Freeze(t.Context()); err != nil {
+				t.Fatal(err)
+			}
+		}
+		if step == "scanning" {
+			if err := srv.Scan(); err != nil {
+				t.Fatal(err)
+			}
+		}
+		if err := unix.Kill(srv.PID(), unix.SIGKILL); err != nil {
+			t.Fatal(err)
+		}
+		for p := range 8192 {
+			g.write(p, 7)
+		}
+		if err := srv.Wait(t.Context()); FailureOf(err) != Broken {
+			t.Errorf("%s: %v, want %s", step, err, Broken)
+		}
+		if err := srv.Close(); err != nil {
+			t.Error(err)
+		}
+	}
+}
+
+func TestAbortAndCancelLetGo(t *testing.T) {
+	g := newTarget(t, source.Anonymous, 8192, false)
+	srv := startServer(t, g, nil)
+	if err := errors.Join(srv.Prearm(t.Context()), srv.Freeze(t.Context()), srv.Scan()); err != nil {
+		t.Fatal(err)
+	}
+	ctx, cancel := context.WithTimeout(t.Context(), 30*time.Millisecond)
+	defer cancel()
+	if err := srv.Wait(ctx); !errors.Is(err, context.DeadlineExceeded) { // nobody drains
+		t.Fatal(err)
+	}
+	if err := srv.Abort(t.Context()); err != nil {
+		t.Fatal(err)
+	}
+	for p := range 8192 {
+		g.write(p, 7)
+	}
+	if err := srv.Close(); err != nil {
+		t.Error(err)
+	}
+}
+
+func TestHistogramQuantiles(t *testing.T) {
+	var h histogram
+	for ns := range 10_000 {
+		h.add(time.Duration(ns + 1))
+	}
+	for _, c := range []struct {
+		q    float64
+		want int64
+	}{{0.5, 5000}, {0.99, 9900}} {
+		if got := h.quantile(c.q); got > c.want || float64(got) < 0.75*float64(c.want) {
+			t.Errorf("quantile %v = %d, want up to a quarter below %d", c.q, got, c.want)
+		}
+	}
+	if h.max != 10_000 {
+		t.Errorf("max %d", h.max)
+	}
+}
