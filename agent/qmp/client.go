@@ -1,0 +1,478 @@
+package qmp
+
+import (
+	"bytes"
+	"context"
+	"encoding/json"
+	"errors"
+	"fmt"
+	"io"
+	"net"
+	"os"
+	"strconv"
+	"sync"
+	"time"
+
+	"golang.org/x/sys/unix"
+)
+
+const (
+	greetingTimeout    = time.Second      // a free monitor greets within microseconds
+	negotiationTimeout = 10 * time.Second // QEMU has greeted, so its main loop lives
+	sendTimeout        = 2 * time.Second  // of Send, which has no context
+)
+
+// Version is what QEMU's greeting says.
+type Version struct {
+	Major, Minor, Micro int
+	Package             string // the distribution's, may be empty
+}
+
+func (v Version) String() string { return fmt.Sprintf("%d.%d.%d", v.Major, v.Minor, v.Micro) }
+
+// AtLeast compares major and minor.
+func (v Version) AtLeast(major, minor int) bool {
+	return v.Major > major || v.Major == major && v.Minor >= minor
+}
+
+// Client is a QMP session in command mode. All methods may be called from any
+// goroutine. Lock order: sem, then mu, then a subscription's mu.
+type Client struct {
+	conn     net.Conn
+	endpoint Endpoint
+	peer     peerProcess
+	version  Version
+	caps     []string
+
+	// sem is the right to write; it guards out and torn.
+	sem  chan struct{}
+	out  []byte
+	torn bool // half a command is on the wire: reset QEMU's parser first
+
+	// fdTurn is held from sending a descriptor to the reply.
+	fdTurn chan struct{}
+
+	mu      sync.Mutex
+	pending map[uint64]*Call
+	nextID  uint64
+	subs    []*Subscription
+	err     error  // why there is no connection any more
+	stray   uint64 // errors without an id are expected up to the reply of this id
+	late    uint64 // replies nobody waited for any more
+	reason  string // of the SHUTDOWN event
+
+	greeting chan []byte
+	closing  sync.Once
+	done     chan struct{} // the reader has ended
+}
+
+// NewClient takes over a connection on which QEMU has yet to greet, and
+// negotiates. The connection is closed if that fails.
+func NewClient(ctx context.Context, conn net.Conn) (*Client, error) {
+	return newClient(ctx, conn, Endpoint{FD: -1}, nil)
+}
+
+// newClient runs check, if given, between the greeting and the first command.
+func newClient(ctx context.Context, conn net.Conn, ep Endpoint, check func() error) (*Client, error) {
+	c := start(conn, ep)
+	err := c.greet(ctx)
+	if err == nil && check != nil {
+		err = check()
+	}
+	if err == nil {
+		ctx, cancel := context.WithTimeout(ctx, negotiationTimeout)
+		err = c.Execute(ctx, "qmp_capabilities", nil, nil)
+		cancel()
+	}
+	if err != nil {
+		_ = c.Close()
+		return nil, err
+	}
+	return c, nil
+}
+
+// AdoptClient takes over a connection in an unknown state, such as one whose
+// owner died: see Resync. There is no greeting any more, hence no Version.
+func AdoptClient(ctx context.Context, conn net.Conn) (*Client, error) {
+	if err := Resync(ctx, conn); err != nil {
+		_ = conn.Close()
+		return nil, err
+	}
+	return start(conn, Endpoint{FD: -1}), nil
+}
+
+func start(conn net.Conn, ep Endpoint) *Client {
+	c := &Client{
+		conn:     conn,
+		endpoint: ep,
+		peer:     watchPeer(ep),
+		sem:      make(chan struct{}, 1),
+		fdTurn:   make(chan struct{}, 1),
+		pending:  make(map[uint64]*Call),
+		greeting: make(chan []byte, 1),
+		done:     make(chan struct{}),
+	}
+	go c.read()
+	return c
+}
+
+// greet waits for the greeting and takes it in.
+func (c *Client) greet(ctx context.Context) error {
+	timer := time.NewTimer(greetingTimeout)
+	defer timer.Stop()
+	var raw []byte
+	select {
+	case raw = <-c.greeting:
+	case <-timer.C:
+		return ErrBusy
+	case <-ctx.Done():
+		return context.Cause(ctx)
+	case <-c.done:
+		select {
+		case raw = <-c.greeting:
+		default:
+			return c.Err()
+		}
+	}
+	var g struct {
+		Version struct {
+			QEMU    struct{ Major, Minor, Micro int }
+			Package string
+		}
+		Capabilities []string
+	}
+	if err := json.Unmarshal(raw, &g); err != nil {
+		return fmt.Errorf("greeting: %w", errors.Join(ErrProtocol, err))
+	}
+	q := g.Version.QEMU
+	c.version = Version{q.Major, q.Minor, q.Micro, g.Version.Package}
+	c.caps = g.Capabilities
+	return nil
+}
+
+// Version is QEMU's, as greeted.
+func (c *Client) Version() Version { return c.version }
+
+// Capabilities is what the greeting offers ("oob"); none is enabled.
+func (c *Client) Capabilities() []string { return c.caps }
+
+// Endpoint is where the client is connected, as far as it was dialled here.
+func (c *Client) Endpoint() Endpoint { return c.endpoint }
+
+// Done is closed when the connection has ended; Err then says why.
+func (c *Client) Done() <-chan struct{} { return c.done }
+
+// Err is nil while the connection lasts.
+func (c *Client) Err() error {
+	c.mu.Lock()
+	defer c.mu.Unlock()
+	return c.err
+}
+
+// DupFile returns a duplicate of the socket, for a process that shall be able
+// to take over (see Resync). Only one of the two may read at a time.
+func (c *Client) DupFile() (*os.File, error) {
+	return dupConn(c.conn)
+}
+
+// Close gives the monitor back: the session ends also for duplicates of the
+// socket, and the next client is served at once. It joins the reader.
+func (c *Client) Close() error {
+	var err error
+	c.closing.Do(func() {
+		c.mu.Lock()
+		if c.err == nil {
+			c.err = ErrClosed
+		}
+		c.mu.Unlock()
+		if rc, e := rawOf(c.conn); e == nil {
+			_ = rc.Control(func(fd uintptr) { _ = unix.Shutdown(int(fd), unix.SHUT_RDWR) })
+		}
+		err = c.conn.Close()
+		<-c.done
+		c.peer.close()
+	})
+	<-c.done
+	return err
+}
+
+// start registers the commands and writes them. A nil ctx stands for sendTimeout.
+func (c *Client) start(ctx context.Context, reqs []*Request, files []*os.File) ([]*Call, error) {
+	if len(files) > 1 {
+		return nil, ErrNoFD // QEMU keeps the first and closes the others, unasked
+	}
+	if ctx == nil {
+		timer := time.NewTimer(sendTimeout)
+		defer timer.Stop()
+		select {
+		case c.sem <- struct{}{}:
+		default:
+			select {
+			case c.sem <- struct{}{}:
+			case <-timer.C:
+				return nil, fmt.Errorf("not sent: %w", os.ErrDeadlineExceeded)
+			}
+		}
+	} else {
+		if ctx.Err() != nil {
+			return nil, fmt.Errorf("not sent: %w", context.Cause(ctx))
+		}
+		select {
+		case c.sem <- struct{}{}:
+		case <-ctx.Done():
+			return nil, fmt.Errorf("not sent: %w", context.Cause(ctx))
+		}
+	}
+	defer func() { <-c.sem }()
+
+	c.out = c.out[:0]
+	if c.torn {
+		c.out = append(c.out, 0xff, '\n')
+	}
+	block := make([]Call, len(reqs))
+	calls := make([]*Call, len(reqs))
+	c.mu.Lock()
+	if c.err != nil {
+		c.mu.Unlock()
+		return nil, c.err
+	}
+	for i, r := range reqs {
+		c.nextID++
+		block[i] = Call{c: c, id: c.nextID, command: r.command, done: make(chan struct{})}
+		calls[i] = &block[i]
+		c.pending[c.nextID] = calls[i]
+		c.out = r.append(c.out, c.nextID)
+	}
+	if c.torn && len(reqs) > 0 {
+		c.stray = calls[0].id
+	}
+	c.mu.Unlock()
+
+	now := time.Now()
+	for _, k := range calls {
+		k.sent = now
+	}
+	n, err := c.write(ctx, now, files)
+	if cap(c.out) > keepBytes {
+		c.out = nil
+	}
+	if err == nil {
+		c.torn = false
+		return calls, nil
+	}
+	for _, k := range calls {
+		c.forget(k)
+	}
+	// QEMU's parser saw n bytes of this. Nothing at all, or only the reset:
+	// nothing has changed.
+	c.torn = c.torn || n > 0
+	if errors.Is(err, os.ErrDeadlineExceeded) {
+		if ctx != nil && ctx.Err() != nil {
+			err = context.Cause(ctx)
+		}
+		if n == 0 {
+			return nil, fmt.Errorf("not sent: %w", err)
+		}
+		return nil, fmt.Errorf("sent in part, QEMU may carry out what it got: %w", err)
+	}
+	if errors.Is(err, ErrNoFD) {
+		return nil, err
+	}
+	// The reader knows best what happened, and is about to learn it.
+	if ctx == nil {
+		ctx = context.Background()
+	}
+	select {
+	case <-c.done:
+		return nil, c.Err()
+	case <-ctx.Done():
+		return nil, &lostError{cause: err}
+	}
+}
+
+// write puts c.out on the wire, descriptors with its first byte.
+func (c *Client) write(ctx context.Context, now time.Time, files []*os.File) (int, error) {
+	if ctx == nil {
+		_ = c.conn.SetWriteDeadline(now.Add(sendTimeout))
+	} else {
+		_ = c.conn.SetWriteDeadline(time.Time{})
+		if ctx.Done() != nil {
+			fired := make(chan struct{})
+			stop := context.AfterFunc(ctx, func() {
+				_ = c.conn.SetWriteDeadline(time.Unix(1, 0))
+				close(fired)
+			})
+			defer func() {
+				if !stop() {
+					<-fired
+				}
+			}()
+		}
+	}
+	done := 0
+	if len(files) > 0 {
+		uc, ok := c.conn.(*net.UnixConn)
+		if !ok {
+			return 0, ErrNoFD
+		}
+		n, err := sendFile(uc, c.out, files[0])
+		if err != nil {
+			return n, err
+		}
+		done = n
+	}
+	n, err := c.conn.Write(c.out[done:])
+	return done + n, err
+}
+
+// forget drops a call nobody waits for; its reply is then thrown away.
+func (c *Client) forget(k *Call) {
+	c.mu.Lock()
+	delete(c.pending, k.id)
+	c.mu.Unlock()
+}
+
+// read is the reader goroutine, joined by Close.
+func (c *Client) read() {
+	defer close(c.done)
+	s := newSplitter()
+	for {
+		buf, err := s.space()
+		if err == nil {
+			var n int
+			n, err = c.conn.Read(buf)
+			now := time.Now() // before anything else: pauses are measured with it
+			s.fill(n)
+			for {
+				msg, bad := s.next()
+				if bad != nil {
+					err = bad
+				}
+				if msg == nil {
+					break
+				}
+				c.dispatch(msg, now)
+			}
+		}
+		if err != nil {
+			c.fail(err)
+			return
+		}
+	}
+}
+
+func (c *Client) dispatch(msg []byte, now time.Time) {
+	m, ok := parseMessage(msg)
+	switch {
+	case !ok:
+		// Framed but malformed: whoever waits for it times out.
+	case m.event != nil:
+		c.event(m, now)
+	case m.greeting != nil:
+		select {
+		case c.greeting <- bytes.Clone(m.greeting):
+		default:
+		}
+	case m.ret != nil || m.err != nil:
+		if k := c.claim(m); k != nil {
+			k.ret, k.qerr, k.at = bytes.Clone(m.ret), bytes.Clone(m.err), now
+			close(k.done)
+		}
+	}
+}
+
+// claim finds the call a reply belongs to and takes it out of pending.
+func (c *Client) claim(m message) *Call {
+	c.mu.Lock()
+	defer c.mu.Unlock()
+	var k *Call
+	if m.id != nil {
+		id, err := strconv.ParseUint(string(m.id), 10, 64)
+		if err != nil {
+			c.late++ // of a session before ours on an adopted connection
+			return nil
+		}
+		if c.stray != 0 && id >= c.stray {
+			c.stray = 0
+		}
+		k = c.pending[id]
+	} else if c.stray == 0 {
+		// QEMU could not parse a command and so does not know its id. As it
+		// works in order, it is the oldest.
+		for _, p := range c.pending {
+			if k == nil || p.id < k.id {
+				k = p
+			}
+		}
+	}
+	if k == nil {
+		c.late++
+		return nil
+	}
+	delete(c.pending, k.id)
+	return k
+}
+
+func (c *Client) event(m message, now time.Time) {
+	var name string
+	if json.Unmarshal(m.event, &name) != nil {
+		return
+	}
+	c.mu.Lock()
+	if name == "SHUTDOWN" {
+		var d struct{ Reason string }
+		_ = json.Unmarshal(m.data, &d)
+		c.reason = "SHUTDOWN"
+		if d.Reason != "" {
+			c.reason = d.Reason
+		}
+	} else if name == "RESUME" || name == "RESET" {
+		c.reason = "" // -no-shutdown: it lives on
+	}
+	subs := c.subs
+	c.mu.Unlock()
+	var e Event
+	for _, s := range subs {
+		if !s.wants(name) {
+			continue
+		}
+		if e.Name == "" {
+			e = Event{Name: name, Data: bytes.Clone(m.data), Received: now}
+			var ts struct{ Seconds, Microseconds int64 }
+			if json.Unmarshal(m.timestamp, &ts) == nil && ts.Seconds >= 0 {
+				e.Timestamp = time.Unix(ts.Seconds, ts.Microseconds*1000)
+			}
+		}
+		s.push(e)
+	}
+}
+
+// fail ends everything that waits. Only the reader calls it, once.
+func (c *Client) fail(cause error) {
+	exited := c.peer.exited()
+	c.mu.Lock()
+	if c.err == nil {
+		if errors.Is(cause, io.EOF) {
+			cause = io.ErrUnexpectedEOF
+		}
+		c.err = &lostError{
+			cause:  cause,
+			reason: c.reason,
+			exited: exited == yes || exited == unknown && c.reason != "",
+		}
+	}
+	err := c.err
+	pending, subs := c.pending, c.subs
+	c.pending, c.subs = make(map[uint64]*Call), nil
+	c.mu.Unlock()
+	for _, k := range pending {
+		k.err = err
+		close(k.done)
+	}
+	for _, s := range subs {
+		s.end()
+	}
+	if !errors.Is(err, ErrClosed) {
+		_ = c.conn.Close()
+	}
+}

@@ -1,0 +1,120 @@
+package qmp
+
+import (
+	"context"
+	"os"
+	"os/exec"
+	"path/filepath"
+	"testing"
+	"time"
+
+	"go.uber.org/goleak"
+	"golang.org/x/sys/unix"
+)
+
+func TestMain(m *testing.M) { goleak.VerifyTestMain(m) }
+
+// testContext ends well before the test binary's own limit.
+func testContext(t *testing.T) context.Context {
+	ctx, cancel := context.WithTimeout(t.Context(), 20*time.Second)
+	t.Cleanup(cancel)
+	return ctx
+}
+
+// qemuProcess is a QEMU started for a test.
+type qemuProcess struct {
+	cmd *exec.Cmd
+	pid int
+}
+
+// startQEMU starts QEMU without a guest (-machine none unless args say
+// otherwise) in dir, and waits until it listens at the file wait, if any.
+func startQEMU(t *testing.T, dir, wait string, prepare func(*exec.Cmd), args ...string) *qemuProcess {
+	t.Helper()
+	bin, err := exec.LookPath("qemu-system-x86_64")
+	if err != nil {
+		t.Skip("qemu-system-x86_64 is not installed")
+	}
+	machine := []string{"-machine", "none"}
+	for _, a := range args {
+		if a == "-machine" {
+			machine = nil
+		}
+	}
+	args = append(append(machine, "-accel", "tcg", "-display", "none", "-nodefaults", "-S"), args...)
+	cmd := exec.Command(bin, args...)
+	cmd.Dir = dir
+	log, err := os.Create(filepath.Join(t.TempDir(), "qemu.log"))
+	if err != nil {
+		t.Fatal(err)
+	}
+	cmd.Stderr = log
+	if prepare != nil {
+		prepare(cmd)
+	}
+	if err := cmd.Start(); err != nil {
+		t.Fatal(err)
+	}
+	t.Cleanup(func() {
+		_ = cmd.Process.Kill()
+		_ = cmd.Wait()
+		_ = log.Close()
+		if t.Failed() {
+			if text, _ := os.ReadFile(log.Name()); len(text) > 0 {
+				t.Logf("QEMU said: %s", text)
+			}
+		}
+	})
+	if wait != "" {
+		if !filepath.IsAbs(wait) {
+			wait = filepath.Join(dir, wait)
+		}
+		awaitListening(t, cmd.Process.Pid, wait)
+	}
+	return &qemuProcess{cmd, cmd.Process.Pid}
+}
+
+// awaitListening polls with short connections to nobody: it looks at the
+// process's socket table only.
+func awaitListening(t *testing.T, pid int, path string) {
+	t.Helper()
+	tick := time.NewTicker(2 * time.Millisecond)
+	defer tick.Stop()
+	deadline := time.After(15 * time.Second)
+	for {
+		table, _ := unixTable(pid)
+		for _, s := range table {
+			if s.listening && (s.path == path || filepath.Base(s.path) == filepath.Base(path)) {
+				if held, err := sockets(pid); err == nil {
+					if _, ok := held[s.inode]; ok {
+						return
+					}
+				}
+			}
+		}
+		select {
+		case <-tick.C:
+		case <-deadline:
+			t.Fatalf("QEMU does not listen at %s", path)
+		}
+	}
+}
+
+func dial(t *testing.T, e Endpoint) *Client {
+	t.Helper()
+	c, err := Dial(testContext(t), e)
+	if err != nil {
+		t.Fatal(err)
+	}
+	t.Cleanup(func() { _ = c.Close() })
+	return c
+}
+
+func socketPair(t *testing.T) (ours, theirs int) {
+	t.Helper()
+	fds, err := unix.Socketpair(unix.AF_UNIX, unix.SOCK_STREAM|unix.SOCK_CLOEXEC, 0)
+	if err != nil {
+		t.Fatal(err)
+	}
+	return fds[0], fds[1]
+}

@@ -1,0 +1,201 @@
+package qmp
+
+import (
+	"bytes"
+	"fmt"
+	"io"
+	"os"
+	"path/filepath"
+	"strconv"
+	"strings"
+
+	"golang.org/x/sys/unix"
+)
+
+const maxProcBytes = 8 << 20 // a command line may take up to 6 MiB
+
+type answer int
+
+const (
+	unknown answer = iota
+	no
+	yes
+)
+
+// peerProcess is the process at the other end, held by its directory in /proc,
+// which never becomes that of another process of the same number.
+type peerProcess struct{ dir *os.File }
+
+func watchPeer(e Endpoint) peerProcess {
+	if e.PID <= 0 {
+		return peerProcess{}
+	}
+	dir, err := os.Open(procPath(e.PID))
+	if err != nil {
+		return peerProcess{} // gone already: the connection will say so
+	}
+	return peerProcess{dir}
+}
+
+// exited asks without waiting: a process closes its sockets well before it
+// turns into a zombie, but is marked as exiting by then.
+func (p peerProcess) exited() answer {
+	if p.dir == nil {
+		return unknown
+	}
+	rc, err := p.dir.SyscallConn()
+	if err != nil {
+		return unknown
+	}
+	result := unknown
+	_ = rc.Control(func(dir uintptr) {
+		fd, err := unix.Openat(int(dir), "stat", unix.O_RDONLY|unix.O_CLOEXEC, 0)
+		if err != nil {
+			result = yes
+			return
+		}
+		defer unix.Close(fd)
+		buf := make([]byte, 4096)
+		n, err := unix.Read(fd, buf)
+		if err != nil {
+			result = yes
+			return
+		}
+		st, err := parseStat(buf[:n])
+		switch {
+		case err != nil:
+		case st.state == 'Z' || st.state == 'X' || st.flags&pfExiting != 0:
+			result = yes
+		default:
+			result = no
+		}
+	})
+	return result
+}
+
+func (p peerProcess) close() {
+	if p.dir != nil {
+		_ = p.dir.Close()
+	}
+}
+
+const pfExiting = 0x4 // PF_EXITING of include/linux/sched.h
+
+type procStat struct {
+	comm  string
+	state byte
+	flags uint64
+}
+
+// parseStat reads /proc/PID/stat; the name may contain anything.
+func parseStat(b []byte) (procStat, error) {
+	l, r := bytes.IndexByte(b, '('), bytes.LastIndexByte(b, ')')
+	if l < 0 || r < l {
+		return procStat{}, fmt.Errorf("malformed stat %.60q", b)
+	}
+	f := strings.Fields(string(b[r+1:]))
+	if len(f) < 7 || len(f[0]) != 1 {
+		return procStat{}, fmt.Errorf("malformed stat %.60q", b)
+	}
+	flags, err := strconv.ParseUint(f[6], 10, 64)
+	if err != nil {
+		return procStat{}, fmt.Errorf("malformed stat %.60q: %w", b, err)
+	}
+	return procStat{comm: string(b[l+1 : r]), state: f[0][0], flags: flags}, nil
+}
+
+func readStat(pid int) (procStat, error) {
+	b, err := readProc(pid, "stat")
+	if err != nil {
+		return procStat{}, err
+	}
+	return parseStat(b)
+}
+
+func procPath(pid int, elem ...string) string {
+	return filepath.Join(append([]string{"/proc", strconv.Itoa(pid)}, elem...)...)
+}
+
+func readProc(pid int, elem ...string) ([]byte, error) {
+	f, err := os.Open(procPath(pid, elem...))
+	if err != nil {
+		return nil, err
+	}
+	defer f.Close()
+	b, err := io.ReadAll(io.LimitReader(f, maxProcBytes+1))
+	if err == nil && len(b) > maxProcBytes {
+		err = fmt.Errorf("%s is larger than %d bytes", f.Name(), maxProcBytes)
+	}
+	return b, err
+}
+
+// sockets maps the socket inodes a process holds to one of their descriptors.
+func sockets(pid int) (map[uint64]int, error) {
+	dir := procPath(pid, "fd")
+	names, err := readNames(dir)
+	if err != nil {
+		return nil, err
+	}
+	held := make(map[uint64]int)
+	for _, name := range names {
+		fd, err := strconv.Atoi(name)
+		if err != nil {
+			continue
+		}
+		if ino, ok := socketInode(filepath.Join(dir, name)); ok {
+			if old, dup := held[ino]; !dup || fd < old {
+				held[ino] = fd
+			}
+		}
+	}
+	return held, nil
+}
+
+func readNames(dir string) ([]string, error) {
+	d, err := os.Open(dir)
+	if err != nil {
+		return nil, err
+	}
+	defer d.Close()
+	return d.Readdirnames(-1)
+}
+
+// socketInode reads a link such as /proc/PID/fd/7 that says "socket:[4711]".
+func socketInode(link string) (uint64, bool) {
+	text, err := os.Readlink(link)
+	if err != nil {
+		return 0, false
+	}
+	text, ok := strings.CutPrefix(text, "socket:[")
+	if !ok {
+		return 0, false
+	}
+	ino, err := strconv.ParseUint(strings.TrimSuffix(text, "]"), 10, 64)
+	return ino, err == nil
+}
+
+// ownerOf finds a process that holds the socket, other than this one.
+func ownerOf(inode uint64) (pid int, comm string, ok bool) {
+	names, err := readNames("/proc")
+	if err != nil {
+		return 0, "", false
+	}
+	for _, name := range names {
+		pid, err := strconv.Atoi(name)
+		if err != nil {
+			continue
+		}
+		held, err := sockets(pid)
+		if err != nil {
+			continue // not ours to look into, or gone
+		}
+		if _, ok := held[inode]; ok {
+			st, err := readStat(pid)
+			if err != nil {
+				continue
+			}
+			return pid, st.comm, true
+		}
+	}
+	return 0, "", false
+}
