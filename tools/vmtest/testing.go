@@ -1,0 +1,116 @@
+package vmtest
+
+import (
+	"context"
+	"fmt"
+	"os"
+	"regexp"
+	"testing"
+	"time"
+)
+
+// Start is Launch for a test: failures end the test, the machine ends with it,
+// and its logs are shown if the test fails.
+func Start(t testing.TB, cfg Config) *VM {
+	t.Helper()
+	if cfg.Dir == "" {
+		// Not t.TempDir: its names are too long for a socket's 108 bytes.
+		dir, err := os.MkdirTemp("", "vmtest-")
+		if err != nil {
+			t.Fatal(err)
+		}
+		t.Cleanup(func() { os.RemoveAll(dir) })
+		cfg.Dir = dir
+	}
+	ctx, cancel := context.WithTimeout(t.Context(), defaultTimeout)
+	defer cancel()
+	v, err := Launch(ctx, cfg)
+	if err != nil {
+		t.Fatalf("vmtest: %v", err)
+	}
+	v.belongTo(t)
+	return v
+}
+
+// StartAdopted is Adopt for a test.
+func StartAdopted(t testing.TB, pid int, qmp, serial string, from int64) *VM {
+	t.Helper()
+	v, err := Adopt(pid, qmp, serial, from)
+	if err != nil {
+		t.Fatalf("vmtest: %v", err)
+	}
+	v.belongTo(t)
+	return v
+}
+
+func (v *VM) belongTo(t testing.TB) {
+	v.tb = t
+	t.Cleanup(func() {
+		if t.Failed() {
+			t.Logf("vmtest: pid %d, end of console:\n%s\nQEMU said:\n%s", v.pid, lastLines(v.Serial(), 20), v.Messages())
+		}
+		v.Kill()
+	})
+}
+
+// WaitSerial waits until a line of the console matches (an expression; plain
+// text matches itself unless it has special characters) and returns it.
+func (v *VM) WaitSerial(t testing.TB, expr string, timeout time.Duration) string {
+	t.Helper()
+	if _, err := regexp.Compile(expr); err != nil {
+		expr = regexp.QuoteMeta(expr)
+	}
+	ctx, cancel := context.WithTimeout(t.Context(), timeout)
+	defer cancel()
+	line, err := v.AwaitSerial(ctx, expr)
+	if err != nil {
+		t.Fatalf("vmtest: %v\nconsole:\n%s", err, lastLines(v.Serial(), 20))
+	}
+	return line
+}
+
+// WaitProgress waits until the guest has written n more pages.
+func (v *VM) WaitProgress(t testing.TB, n uint64) Report {
+	t.Helper()
+	ctx, cancel := context.WithTimeout(t.Context(), defaultTimeout)
+	defer cancel()
+	r, err := v.AwaitProgress(ctx, n)
+	if err != nil {
+		t.Fatalf("vmtest: %v\nconsole:\n%s", err, lastLines(v.Serial(), 20))
+	}
+	return r
+}
+
+// WaitSweeps waits until the guest has read and verified its whole working set n
+// more times.
+func (v *VM) WaitSweeps(t testing.TB, n uint64) Report {
+	t.Helper()
+	ctx, cancel := context.WithTimeout(t.Context(), defaultTimeout)
+	defer cancel()
+	r, err := v.AwaitSweeps(ctx, n)
+	if err != nil {
+		t.Fatalf("vmtest: %v\nconsole:\n%s", err, lastLines(v.Serial(), 20))
+	}
+	return r
+}
+
+// Skip ends a test that cannot run here. id is stable and short (kvm, ext4);
+// the line it prints is what continuous integration compares with its list.
+func Skip(t testing.TB, id, format string, args ...any) {
+	t.Helper()
+	reason := fmt.Sprintf(format, args...)
+	// Straight to standard output: go test shows a passing package's logs only
+	// when it is asked to.
+	fmt.Printf("SKIP-REASON %s: %s\n", id, reason)
+	t.Skipf("SKIP-REASON %s: %s", id, reason)
+}
+
+// NeedKVM skips the test where /dev/kvm does not run even the mini guest's mode.
+func NeedKVM(t testing.TB) {
+	t.Helper()
+	f, err := os.OpenFile("/dev/kvm", os.O_RDWR, 0)
+	if err != nil {
+		Skip(t, "kvm", "no usable /dev/kvm")
+	}
+	f.Close()
+}

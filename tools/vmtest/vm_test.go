@@ -1,0 +1,224 @@
+package vmtest
+
+import (
+	"context"
+	"errors"
+	"io"
+	"net"
+	"os"
+	"strings"
+	"testing"
+	"time"
+
+	"go.uber.org/goleak"
+	"golang.org/x/sys/unix"
+
+	"github.com/ckagent/ckagent/tools/guest"
+)
+
+func TestMain(m *testing.M) { goleak.VerifyTestMain(m) }
+
+func TestLinuxGuest(t *testing.T) {
+	v := Start(t, Config{WSMiB: 32, Rate: 4000, Echo: true, Append: "GD_AUDIT=1 GD_FILES=tmpfs"})
+	r := v.WaitProgress(t, 2000)
+	if r.Bad != 0 || r.WSPages != 32*256 || !r.Ready {
+		t.Fatalf("report %+v", r)
+	}
+	conn, err := net.DialTimeout("tcp", v.EchoAddr(), 10*time.Second)
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer conn.Close()
+	if err := conn.SetDeadline(time.Now().Add(20 * time.Second)); err != nil {
+		t.Fatal(err)
+	}
+	sent := strings.Repeat("every byte comes back ", 1000)
+	go io.WriteString(conn, sent) //nolint:errcheck // the read below notices
+	got := make([]byte, len(sent))
+	if _, err := io.ReadFull(conn, got); err != nil || string(got) != sent {
+		t.Fatalf("echo of %d bytes differs: %v", len(sent), err)
+	}
+	v.WaitSerial(t, `^FILES wrote=[1-9]`, 20*time.Second)
+	v.Invariants()
+}
+
+// Every kind of broken page must be found by the guest itself, in both guests.
+func TestGuestsDetectCorruption(t *testing.T) {
+	for _, kind := range []string{"word", "stale", "early", "counter"} {
+		t.Run("mini/"+kind, func(t *testing.T) {
+			v := Start(t, Config{Guest: Mini, MemoryMiB: 64, WSMiB: 2, Rate: 2000, Append: "sweep=100000 corrupt=" + kind + ":1"})
+			wantBad(t, v)
+		})
+	}
+	for _, kind := range []string{"word", "stale", "early", "counter"} {
+		t.Run("linux/"+kind, func(t *testing.T) {
+			v := Start(t, Config{WSMiB: 2, Rate: 2000, Append: "GD_CORRUPT=" + kind + ":0"})
+			wantBad(t, v)
+		})
+	}
+}
+
+func wantBad(t *testing.T, v *VM) {
+	t.Helper()
+	v.WaitSerial(t, `^CORRUPT kind=`, 20*time.Second)
+	v.WaitSerial(t, `^WS .*bad=[1-9]`, 20*time.Second)
+	r := v.Report()
+	if r.Check() == nil || len(r.Details) == 0 {
+		t.Fatalf("corruption went unnoticed: %+v", r)
+	}
+	t.Log(r.Details[0])
+}
+
+// A page changed from outside, behind the guest's back, is found as well.
+func TestGuestDetectsForeignWrite(t *testing.T) {
+	v := Start(t, Config{Guest: Mini, MemoryMiB: 64, WSMiB: 2, Rate: 100, Append: "sweep=100000"})
+	hva, _, err := v.MainRAM()
+	if err != nil {
+		t.Fatal(err)
+	}
+	v.WaitProgress(t, 10)
+	v.Invariants()
+	if err := WriteRAM(v.PID(), hva+16<<20+7*4096+12, []byte{0xee, 0xee}); err != nil {
+		t.Fatal(err)
+	}
+	v.WaitSerial(t, `^BAD kind=torn page=7 word=3 `, 20*time.Second)
+}
+
+func TestMiniUnderKVM(t *testing.T) {
+	NeedKVM(t)
+	v := Start(t, Config{Guest: Mini, Accel: "kvm", MemoryMiB: 64, WSMiB: 4, Rate: 400})
+	r := v.WaitProgress(t, 100)
+	if r.Bad != 0 || r.Ticks == 0 {
+		t.Fatalf("report %+v", r)
+	}
+	v.Invariants()
+}
+
+func TestKillLeavesNothing(t *testing.T) {
+	ctx, cancel := context.WithTimeout(t.Context(), time.Minute)
+	defer cancel()
+	v, err := Launch(ctx, Config{Guest: Mini, MemoryMiB: 32, Backend: FileTmpfs})
+	if err != nil {
+		t.Fatal(err)
+	}
+	dir, pid, backing := v.Dir(), v.PID(), v.remove[0]
+	if _, err := os.Stat(backing); err != nil {
+		t.Fatal(err)
+	}
+	v.Kill()
+	v.Kill()
+	if v.Alive() {
+		t.Error("still alive")
+	}
+	if err := unix.Kill(pid, 0); !errors.Is(err, unix.ESRCH) {
+		t.Errorf("pid %d is still there: %v", pid, err)
+	}
+	for _, path := range []string{dir, backing} {
+		if _, err := os.Stat(path); !os.IsNotExist(err) {
+			t.Errorf("%s is left behind: %v", path, err)
+		}
+	}
+}
+
+func TestWaitNoticesDeath(t *testing.T) {
+	v := Start(t, Config{Guest: Mini, MemoryMiB: 32})
+	result := make(chan error)
+	go func() {
+		_, err := v.AwaitSerial(t.Context(), "this line never comes")
+		result <- err
+	}()
+	if err := v.Crash(); err != nil {
+		t.Fatal(err)
+	}
+	if err := <-result; !errors.Is(err, ErrEnded) {
+		t.Fatalf("got %v", err)
+	}
+}
+
+func TestLaunchFailureNamesTheCause(t *testing.T) {
+	ctx, cancel := context.WithTimeout(t.Context(), time.Minute)
+	defer cancel()
+	_, err := Launch(ctx, Config{Guest: NoGuest, Args: []string{"-device", "no-such-device"}})
+	if err == nil || !strings.Contains(err.Error(), "no-such-device") {
+		t.Fatalf("got %v", err)
+	}
+}
+
+func TestAdopt(t *testing.T) {
+	v := Start(t, Config{Guest: Mini, MemoryMiB: 32, WSMiB: 1})
+	v.WaitSerial(t, `^TICK 2 `, 20*time.Second)
+	a, err := Adopt(v.PID(), v.QMPPath(), v.SerialPath(), v.SerialSize())
+	if err != nil {
+		t.Fatal(err)
+	}
+	ctx, cancel := context.WithTimeout(t.Context(), 20*time.Second)
+	defer cancel()
+	if _, err := a.AwaitSerial(ctx, `^TICK `); err != nil {
+		t.Fatal(err)
+	}
+	r, err := a.AwaitProgress(ctx, 50)
+	if err != nil || r.Check() != nil || r.FirstTick <= 2 {
+		t.Fatalf("%v %+v", err, r)
+	}
+	a.Kill()
+	<-v.Done()
+}
+
+// A spinning vCPU's longest silence, stamped by the host, is what the machine was
+// stopped for; the guest's own clock does not see it under TCG.
+func TestBeatsSeeAPause(t *testing.T) {
+	v := Start(t, Config{Guest: Mini, MemoryMiB: 32, BeatUS: 500, Control: true})
+	m, err := DialMonitor(t.Context(), v.ControlPath())
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer m.Close()
+	v.WaitSerial(t, `^TICK 5 `, 20*time.Second)
+	begin := time.Now()
+	if err := m.Execute(t.Context(), "stop", nil, nil); err != nil {
+		t.Fatal(err)
+	}
+	timer := time.NewTimer(300 * time.Millisecond) // the length of the pause under test
+	<-timer.C
+	if err := m.Execute(t.Context(), "cont", nil, nil); err != nil {
+		t.Fatal(err)
+	}
+	end := time.Now()
+	from := v.SerialSize()
+	ctx, cancel := context.WithTimeout(t.Context(), 20*time.Second)
+	defer cancel()
+	if _, err := v.AwaitSerialFrom(ctx, from, `^GAP `); err != nil {
+		t.Fatal(err)
+	}
+	gap, began, ok := v.Beats().LongestGap(begin.Add(-time.Second), end.Add(100*time.Millisecond))
+	if !ok || gap < 300*time.Millisecond || gap > end.Sub(begin)+50*time.Millisecond {
+		t.Fatalf("gap %v (ok=%v) beginning %v after stop of a pause of %v", gap, ok, began.Sub(begin), end.Sub(begin))
+	}
+	if n := v.Beats().Lost(); n != 0 {
+		t.Errorf("%d beats lost", n)
+	}
+	if r := v.Report(); r.LongestGap > 200*time.Millisecond {
+		t.Logf("the guest's own clock saw %v: a busy host", r.LongestGap)
+	}
+	t.Logf("stop..cont %v, longest silence %v", end.Sub(begin), gap)
+}
+
+func TestQEMU10(t *testing.T) {
+	ctx, cancel := context.WithTimeout(t.Context(), 5*time.Minute)
+	defer cancel()
+	q, err := guest.QEMU10(ctx)
+	if err != nil {
+		t.Fatal(err)
+	}
+	v := Start(t, Config{QEMU: q, Guest: Mini, MemoryMiB: 64, WSMiB: 4, Control: true})
+	m, err := DialMonitor(ctx, v.ControlPath())
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer m.Close()
+	if m.Version[0] != 10 {
+		t.Fatalf("version %v", m.Version)
+	}
+	v.WaitProgress(t, 100)
+	v.Invariants()
+}
