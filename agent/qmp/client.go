@@ -69,13 +69,14 @@ type Client struct {
 // NewClient takes over a connection on which QEMU has yet to greet, and
 // negotiates. The connection is closed if that fails.
 func NewClient(ctx context.Context, conn net.Conn) (*Client, error) {
-	return newClient(ctx, conn, Endpoint{FD: -1}, nil)
+	return newClient(ctx, conn, Endpoint{FD: -1}, greetingTimeout, nil)
 }
 
-// newClient runs check, if given, between the greeting and the first command.
-func newClient(ctx context.Context, conn net.Conn, ep Endpoint, check func() error) (*Client, error) {
+// newClient waits that long for the greeting, and runs check, if given, between
+// it and the first command.
+func newClient(ctx context.Context, conn net.Conn, ep Endpoint, wait time.Duration, check func() error) (*Client, error) {
 	c := start(conn, ep)
-	err := c.greet(ctx)
+	err := c.greet(ctx, wait)
 	if err == nil && check != nil {
 		err = check()
 	}
@@ -117,8 +118,8 @@ func start(conn net.Conn, ep Endpoint) *Client {
 }
 
 // greet waits for the greeting and takes it in.
-func (c *Client) greet(ctx context.Context) error {
-	timer := time.NewTimer(greetingTimeout)
+func (c *Client) greet(ctx context.Context, wait time.Duration) error {
+	timer := time.NewTimer(wait)
 	defer timer.Stop()
 	var raw []byte
 	select {
@@ -458,7 +459,8 @@ func (c *Client) fail(cause error) {
 		c.err = &lostError{
 			cause:  cause,
 			reason: c.reason,
-			exited: exited == yes || exited == unknown && c.reason != "",
+			// On its way out QEMU closes its monitors first.
+			exited: exited == yes || c.reason != "",
 		}
 	}
 	err := c.err

@@ -38,13 +38,25 @@ func connect(ctx context.Context, e Endpoint) (net.Conn, error) {
 	return connectUnix(fmt.Sprintf("/proc/self/fd/%d", file.Fd()))
 }
 
+// connectUnix waits for at most greetingTimeout: the queue of a monitor holds
+// two clients, and those that gave up stay in it until QEMU gets to them.
 func connectUnix(addr string) (net.Conn, error) {
-	fd, err := unix.Socket(unix.AF_UNIX, unix.SOCK_STREAM|unix.SOCK_CLOEXEC|unix.SOCK_NONBLOCK, 0)
+	fd, err := unix.Socket(unix.AF_UNIX, unix.SOCK_STREAM|unix.SOCK_CLOEXEC, 0)
 	if err != nil {
 		return nil, err
 	}
-	// Never blocks: EAGAIN says that the queue of waiting clients is full.
-	if err := unix.Connect(fd, &unix.SockaddrUnix{Name: addr}); err != nil {
+	tv := unix.NsecToTimeval(int64(greetingTimeout))
+	if err := unix.SetsockoptTimeval(fd, unix.SOL_SOCKET, unix.SO_SNDTIMEO, &tv); err != nil {
+		_ = unix.Close(fd)
+		return nil, err
+	}
+	for {
+		err = unix.Connect(fd, &unix.SockaddrUnix{Name: addr})
+		if err != unix.EINTR { // a unix socket is then as it was before
+			break
+		}
+	}
+	if err != nil {
 		_ = unix.Close(fd)
 		return nil, err
 	}
@@ -54,7 +66,7 @@ func connectUnix(addr string) (net.Conn, error) {
 func connOf(fd int) (net.Conn, error) {
 	f := os.NewFile(uintptr(fd), "qmp")
 	defer f.Close()
-	return net.FileConn(f)
+	return net.FileConn(f) // also makes it non-blocking
 }
 
 // siocUnixFile opens (O_PATH) the file a unix socket is bound to; it asks for

@@ -8,6 +8,7 @@ import (
 	"net/netip"
 	"os"
 	"slices"
+	"time"
 
 	"golang.org/x/sys/unix"
 
@@ -24,6 +25,10 @@ var errStranger = errors.New("the monitor belongs to another process")
 // the endpoint names a process, a monitor that turns out to be another's is
 // refused before anything is said to it.
 func Dial(ctx context.Context, e Endpoint) (*Client, error) {
+	if ctx.Err() != nil {
+		return nil, dialProblem(ctx, e, context.Cause(ctx))
+	}
+	begin := time.Now()
 	conn, err := connect(ctx, e)
 	if err != nil {
 		return nil, dialProblem(ctx, e, err)
@@ -32,7 +37,7 @@ func Dial(ctx context.Context, e Endpoint) (*Client, error) {
 	if e.PID > 0 {
 		check = func() error { return verifyPeer(e, conn) }
 	}
-	c, err := newClient(ctx, conn, e, check)
+	c, err := newClient(ctx, conn, e, max(greetingTimeout-time.Since(begin), 10*time.Millisecond), check)
 	if err != nil {
 		return nil, dialProblem(ctx, e, err)
 	}
