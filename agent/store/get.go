@@ -1,0 +1,191 @@
+package store
+
+import (
+	"context"
+	"path/filepath"
+	"strings"
+	"sync"
+
+	"github.com/ckagent/ckagent/agent/image"
+	"github.com/ckagent/ckagent/agent/image/fsys"
+	"github.com/ckagent/ckagent/agent/problem"
+)
+
+// GetOptions say how sure Get has to be.
+type GetOptions struct {
+	// Deep reads every page. Without it the manifest, the head of the pagemap, the
+	// sizes of all files and the device state are checked, which takes the same
+	// time for any VM; pages are then checked as they are read.
+	Deep     bool
+	Progress func(done, total uint64) // bytes of RAM, with Deep
+}
+
+// Skipped is a newer checkpoint that was passed over, and why.
+type Skipped struct {
+	ID  string
+	Err error
+}
+
+// Selection is what Get found. If Skipped is not empty, a newer checkpoint of the
+// VM is damaged: whoever goes on with this one has to say so.
+type Selection struct {
+	Info    Info
+	Skipped []Skipped
+}
+
+// Get finds a checkpoint by id, by the beginning of its id or of the id's random
+// part, or by its VM's name ("vm:NAME" for a name that could be an id): then the
+// newest that verifies.
+func (s *Store) Get(ctx context.Context, ref string, o GetOptions) (Selection, error) {
+	const op = "find checkpoint"
+	vm, only := strings.CutPrefix(ref, "vm:")
+	list, err := s.committedOf(op, vm)
+	if err != nil {
+		return Selection{}, err
+	}
+	if len(list) == 0 {
+		if only {
+			if _, err := s.vmDirs(op); err != nil {
+				return Selection{}, err
+			}
+			return Selection{}, s.noVM(op, vm)
+		}
+		c, err := s.resolveID(ctx, op, ref)
+		if err != nil {
+			return Selection{}, err
+		}
+		list = []candidate{c}
+	}
+	var sel Selection
+	for _, c := range list {
+		err := s.check(ctx, c, o)
+		if err == nil {
+			sel.Info, _, err = s.info(c)
+		}
+		if err == nil {
+			return sel, nil
+		}
+		if !problem.Is(err, problem.Integrity) && !problem.Is(err, problem.Refused) && !problem.Is(err, problem.NotFound) {
+			return sel, err // the store fails, not this checkpoint: do not call it damaged
+		}
+		sel.Skipped = append(sel.Skipped, Skipped{c.id, err})
+	}
+	return sel, sel.Skipped[0].Err
+}
+
+// check verifies a checkpoint, shallow or deep.
+func (s *Store) check(ctx context.Context, c candidate, o GetOptions) error {
+	if i, _, err := s.info(c); err != nil || i.Damage != nil {
+		if err == nil {
+			err = i.Damage
+		}
+		return err
+	}
+	if o.Deep {
+		img, err := s.openLeased(ctx, c)
+		if err != nil {
+			return err
+		}
+		defer img.Close()
+		return img.Verify(ctx, o.Progress)
+	}
+	r, err := image.OpenReaderFS(s.fs, c.dir)
+	if err != nil {
+		return err
+	}
+	defer r.Close()
+	_, err = r.DeviceState(ctx)
+	return err
+}
+
+// Verify reads every byte of the checkpoint that ref names.
+func (s *Store) Verify(ctx context.Context, ref string, progress func(done, total uint64)) (Info, error) {
+	c, err := s.resolveAny(ctx, "verify", ref)
+	if err != nil {
+		return Info{}, err
+	}
+	i, _, err := s.info(c)
+	if err != nil {
+		return i, err
+	}
+	return i, s.check(ctx, c, GetOptions{Deep: true, Progress: progress})
+}
+
+// Image is a checkpoint open for reading, protected by a lease until Close.
+type Image struct {
+	*image.Reader
+	// Leased is false if the store is read-only: then nothing can be removed from
+	// it by way of this mount either.
+	Leased bool
+
+	s     *Store
+	lease string
+	once  sync.Once
+	err   error
+}
+
+// OpenImage opens a checkpoint by its id, or an abbreviation of it.
+func (s *Store) OpenImage(ctx context.Context, id string) (*Image, error) {
+	c, err := s.resolveID(ctx, "open checkpoint", id)
+	if err != nil {
+		return nil, err
+	}
+	return s.openLeased(ctx, c)
+}
+
+func (s *Store) openLeased(ctx context.Context, c candidate) (*Image, error) {
+	const op = "open checkpoint"
+	img := &Image{s: s}
+	err := s.locked(ctx, op, func() error {
+		// Under the lock: whoever removes it either sees the lease or has made the
+		// manifest vanish before.
+		now, err := s.look(op, c.vmDir, c.id)
+		if err != nil {
+			return err
+		}
+		if !now.committed {
+			return problem.New(problem.NotFound, op, c.id, "it was removed just now")
+		}
+		name, err := s.addLease(c.dir, Reading)
+		if readOnly(err) {
+			return nil
+		}
+		if err != nil {
+			return fsys.Problem(op, c.dir, err)
+		}
+		img.lease, img.Leased = filepath.Join(c.dir, name), true
+		return nil
+	})
+	if err != nil {
+		return nil, err
+	}
+	r, err := image.OpenReaderFS(s.fs, c.dir)
+	if err == nil && r.Manifest().ID != c.id {
+		err = problem.New(problem.Integrity, op, c.dir, "it is checkpoint %s", r.Manifest().ID)
+		r.Close()
+	}
+	if err != nil {
+		img.release()
+		return nil, err
+	}
+	img.Reader = r
+	return img, nil
+}
+
+func (i *Image) release() error {
+	if !i.Leased {
+		return nil
+	}
+	return fsys.Problem("release lease", i.lease, removeFile(i.s.fs, i.lease))
+}
+
+// Close closes the files and gives the lease back.
+func (i *Image) Close() error {
+	i.once.Do(func() {
+		i.err = i.Reader.Close()
+		if err := i.release(); i.err == nil {
+			i.err = err
+		}
+	})
+	return i.err
+}
