@@ -47,6 +47,7 @@ type Planner struct {
 	near   []region // newest last
 	cursor Run      // Block and First: where the sequential part stands
 	claims []Run
+	urgent bool
 }
 
 // NewPlanner plans over need; hot runs come first, in their order.
@@ -115,6 +116,9 @@ func (p *Planner) Next() (Run, Why, bool) {
 		}
 		n.first = n.end
 	}
+	if p.urgent {
+		return Run{}, 0, false
+	}
 	// Once around: from the cursor to the end of the last block, and what was put
 	// back before it.
 	for step := 0; step <= p.need.Blocks(); step++ {
@@ -179,3 +183,6 @@ func (p *Planner) Outstanding() int { return len(p.claims) }
 // Again starts over: hot runs and the cursor from the beginning, for pages that
 // were held or put back.
 func (p *Planner) Again() { p.hotAt, p.cursor = 0, Run{} }
+
+// UrgentOnly stops (or resumes) handing out what is neither hot nor near a fault.
+func (p *Planner) UrgentOnly(on bool) { p.urgent = on }

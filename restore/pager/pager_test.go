@@ -1,0 +1,309 @@
+package pager
+
+import (
+	"context"
+	"fmt"
+	"math/rand/v2"
+	"os"
+	"path/filepath"
+	"strings"
+	"testing"
+	"time"
+
+	"golang.org/x/sys/unix"
+
+	"github.com/ckagent/ckagent/agent/problem"
+)
+
+func mixed(pages uint64) []testBlock {
+	return []testBlock{
+		{Pages: pages, HasCow: true},
+		{Pages: pages / 2, Memfd: true, HasCow: true},
+		{Pages: 37, Eager: true},
+		{Pages: 65, Memfd: true, Eager: true},
+	}
+}
+
+// TestServesDrainsAndLetsGo is the whole life: every page right under concurrent
+// readers and writers, zero pages not allocated, nothing attached at the end.
+func TestServesDrainsAndLetsGo(t *testing.T) {
+	for _, compress := range []string{"none", "zstd"} {
+		t.Run(compress, func(t *testing.T) {
+			blocks := mixed(8192)
+			dir := writeTestImage(t, blocks, compress)
+			tg := startTarget(t, targetSpec{Blocks: blocks, Threads: 3, Seed: 1})
+			cfg := tg.config(t, dir, blocks)
+			cfg.BytesPerSecond = 100 << 20
+			p := tg.serve(t, cfg)
+			tg.ask("go")
+			mustWait(t, p)
+			tg.checkLetGo(t)
+			st := p.Stats()
+			tg.ask("stop")
+			r := tg.ask("all")
+			if r.Bad != 0 || r.Touches == 0 {
+				t.Fatalf("%d pages wrong, %d right: %s", r.Bad, r.Touches, r.First)
+			}
+			if st.Faults == 0 || st.DrainedBytes == 0 || st.LeftPages != 0 || st.BadPages != 0 || st.WorkerStarts != 1 || st.SupervisorStart != 1 {
+				t.Fatalf("%+v", st)
+			}
+			t.Logf("target saw p50 %d p99 %d ns; %+v", r.P50NS, r.P99NS, st)
+		})
+	}
+}
+
+// TestZeroPagesAreNotAllocated: after a drain without a guest only the pages that
+// have content take memory, and the others read as zeros.
+func TestZeroPagesAreNotAllocated(t *testing.T) {
+	blocks := []testBlock{{Pages: 4096}, {Pages: 4096, Memfd: true}}
+	dir := writeTestImage(t, blocks, "none")
+	tg := startTarget(t, targetSpec{Blocks: blocks, Threads: 1})
+	cfg := tg.config(t, dir, blocks)
+	cfg.CollapseBudget = -1
+	p := tg.serve(t, cfg)
+	mustWait(t, p)
+	want, page := 0, make([]byte, PageBytes)
+	for n := range uint64(4096) {
+		if pageOf(0, n, page); page[0] != 0 {
+			want++
+		}
+	}
+	for i, hva := range tg.hello.HVA {
+		if got := rssPages(t, tg.cmd.Process.Pid, hva); got > want || i == 0 && got < want*9/10 {
+			t.Errorf("block %d: %d pages resident, %d have content", i, got, want)
+		}
+	}
+	if r := tg.ask("all"); r.Bad != 0 || r.Touches != 8192 {
+		t.Fatalf("%d wrong, %d right: %s", r.Bad, r.Touches, r.First)
+	}
+}
+
+func rssPages(t *testing.T, pid int, hva uint64) int {
+	b, err := os.ReadFile(fmt.Sprintf("/proc/%d/smaps", pid))
+	if err != nil {
+		t.Fatal(err)
+	}
+	in, kib := false, 0
+	for _, line := range strings.Split(string(b), "\n") {
+		var lo, hi uint64
+		if n, _ := fmt.Sscanf(line, "%x-%x ", &lo, &hi); n == 2 {
+			in = lo <= hva && hva < hi
+		}
+		var v int
+		if n, _ := fmt.Sscanf(line, "Rss: %d kB", &v); n == 1 && in {
+			kib += v
+		}
+	}
+	return kib / 4
+}
+
+// TestSurvivesDeathsAndFreezes kills and freezes worker and supervisor at random
+// instants while threads read and write; several whole lives, so that the ends of
+// them are hit too.
+func TestSurvivesDeathsAndFreezes(t *testing.T) {
+	const wantKills, wantStops = 110, 10
+	blocks := mixed(12288)
+	dir := writeTestImage(t, blocks, "none")
+	r := rand.New(rand.NewPCG(uint64(time.Now().UnixNano()), 3))
+	kills, stops, both, lives := 0, 0, 0, 0
+	for kills < wantKills || stops < wantStops {
+		lives++
+		tg := startTarget(t, targetSpec{Blocks: blocks, Threads: 3, Seed: uint64(lives)})
+		cfg := tg.config(t, dir, blocks)
+		cfg.BytesPerSecond = 60 << 20
+		cfg.CollapseBudget = -1
+		p := tg.serve(t, cfg)
+		tg.ask("go")
+		for !p.ctl.phaseNow().over() {
+			s, sig := &p.ctl.worker, unix.SIGKILL
+			if r.IntN(4) == 0 {
+				s = &p.ctl.supervisor
+			}
+			if stops < wantStops && r.IntN(12) == 0 {
+				sig = unix.SIGSTOP
+			}
+			if o := s.occupant(); present(o) && unix.Kill(o.PID, sig) == nil {
+				if sig == unix.SIGSTOP {
+					stops++
+				} else {
+					kills++
+				}
+			}
+			if r.IntN(20) == 0 { // both at once: the starter steps in
+				both++
+				kill(p.ctl.worker.occupant())
+				kill(p.ctl.supervisor.occupant())
+			}
+			ts := time.NewTimer(time.Duration(r.Int64N(int64(90 * time.Millisecond))))
+			select {
+			case <-p.over:
+				ts.Stop()
+			case <-ts.C:
+			}
+			if kills > wantKills*4 {
+				t.Fatalf("does not get done: %+v", p.Stats())
+			}
+		}
+		mustWait(t, p)
+		tg.checkLetGo(t)
+		tg.ask("stop")
+		if rep := tg.ask("all"); rep.Bad != 0 || rep.Touches == 0 {
+			t.Fatalf("life %d: %d pages wrong, %d right: %s", lives, rep.Bad, rep.Touches, rep.First)
+		}
+	}
+	t.Logf("%d kills, %d freezes, %d times both at once, in %d lives", kills, stops, both, lives)
+}
+
+// TestFrozenWorkerIsReplaced: how long a guest waits when the worker is frozen and
+// nothing else happens.
+func TestFrozenWorkerIsReplaced(t *testing.T) {
+	blocks := []testBlock{{Pages: 1 << 16}}
+	dir := writeTestImage(t, blocks, "none")
+	tg := startTarget(t, targetSpec{Blocks: blocks, Threads: 2})
+	cfg := tg.config(t, dir, blocks)
+	cfg.NoDrain = true
+	p := tg.serve(t, cfg)
+	tg.ask("go")
+	for _, sig := range []unix.Signal{unix.SIGSTOP, unix.SIGKILL} {
+		before := p.Stats()
+		t0 := time.Now()
+		if err := unix.Kill(before.WorkerPID, sig); err != nil {
+			t.Fatal(err)
+		}
+		waitFor(t, "faults served by another worker", 5*time.Second, func() bool {
+			s := p.Stats()
+			return s.WorkerPID != before.WorkerPID && s.Faults > before.Faults+5
+		})
+		d := time.Since(t0)
+		t.Logf("%v: served again after %v", sig, d)
+		if d > 3*time.Second {
+			t.Errorf("%v: %v is too long", sig, d)
+		}
+	}
+	p.Release()
+	mustWait(t, p)
+	tg.checkLetGo(t)
+	if r := tg.ask("stop"); r.Bad != 0 || r.Touches == 0 {
+		t.Fatalf("%+v", r)
+	}
+}
+
+// TestResumeByHand: both processes die and nobody is there to step in; Resume goes
+// on from the run directory.
+func TestResumeByHand(t *testing.T) {
+	blocks := mixed(8192)
+	dir := writeTestImage(t, blocks, "none")
+	tg := startTarget(t, targetSpec{Blocks: blocks, Threads: 2})
+	cfg := tg.config(t, dir, blocks)
+	cfg.BytesPerSecond = 10 << 20
+	ctx := context.Background()
+	p, err := Start(ctx, cfg)
+	if err != nil {
+		t.Fatal(err)
+	}
+	tg.ask("go")
+	waitFor(t, "faults", 5*time.Second, func() bool { return p.Stats().Faults > 0 })
+	p.Close() // as if the starter had gone
+	if _, err := Resume(ctx, t.TempDir()); !problem.Is(err, problem.NotFound) {
+		t.Errorf("an empty directory: %v", err)
+	}
+	joined, err := Resume(ctx, cfg.RunDir)
+	if err != nil {
+		t.Fatal(err)
+	}
+	st := joined.Stats()
+	if st.WorkerStarts != 1 || st.Faults == 0 {
+		t.Fatalf("joining a living pager: %+v", st)
+	}
+	joined.Close()
+	killBoth(t, st)
+	p, err = Resume(ctx, cfg.RunDir)
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer tg.endPager(p)
+	if p.Stats().WorkerPID == st.WorkerPID {
+		t.Fatal("still the dead one")
+	}
+	mustWait(t, p)
+	tg.checkLetGo(t)
+	tg.ask("stop")
+	if r := tg.ask("all"); r.Bad != 0 || r.Touches == 0 {
+		t.Fatalf("%+v", r)
+	}
+	if _, err := Resume(ctx, cfg.RunDir); !problem.Is(err, problem.NotFound) {
+		t.Errorf("resume after the end: %v", err)
+	}
+}
+
+func killBoth(t *testing.T, st Stats) {
+	t.Helper()
+	// The supervisor first and stopped, or it would fill the worker's seat again.
+	for _, pid := range []int{st.SupervisorPID, st.WorkerPID} {
+		if err := unix.Kill(pid, unix.SIGSTOP); err != nil {
+			t.Fatal(err)
+		}
+	}
+	for _, pid := range []int{st.SupervisorPID, st.WorkerPID} {
+		ticks, _, err := startTicks(pid)
+		if err != nil {
+			t.Fatal(err)
+		}
+		if err := unix.Kill(pid, unix.SIGKILL); err != nil {
+			t.Fatal(err)
+		}
+		waitFor(t, "death", 5*time.Second, func() bool { return !present(occupant{pid, ticks}) })
+	}
+}
+
+// TestDetachCleansUp: a detached pager finishes alone and removes its files.
+func TestDetachCleansUp(t *testing.T) {
+	blocks := mixed(4096)
+	dir := writeTestImage(t, blocks, "none")
+	tg := startTarget(t, targetSpec{Blocks: blocks, Threads: 2})
+	cfg := tg.config(t, dir, blocks)
+	cfg.RunDir = filepath.Join(t.TempDir(), "run")
+	if err := os.Mkdir(cfg.RunDir, 0o700); err != nil {
+		t.Fatal(err)
+	}
+	cfg.BytesPerSecond = 50 << 20
+	p, err := Start(context.Background(), cfg)
+	if err != nil {
+		t.Fatal(err)
+	}
+	for _, name := range []string{stateFile, seatsFile, logFile} {
+		if st, err := os.Stat(filepath.Join(cfg.RunDir, name)); err != nil || st.Mode().Perm() != 0o600 {
+			t.Errorf("%s: %v %v", name, st, err)
+		}
+	}
+	if err := p.Detach(); err != nil {
+		t.Fatal(err)
+	}
+	waitFor(t, "run directory removed", 10*time.Second, func() bool {
+		_, err := os.Stat(cfg.RunDir)
+		return os.IsNotExist(err)
+	})
+	tg.checkLetGo(t)
+	if r := tg.ask("all"); r.Bad != 0 {
+		t.Fatalf("%+v", r)
+	}
+}
+
+// TestPrestartAbort: a warm pager leaves nothing behind.
+func TestPrestartAbort(t *testing.T) {
+	dir := t.TempDir()
+	w, err := Prestart(context.Background(), os.Args[0], dir, nil)
+	if err != nil {
+		t.Fatal(err)
+	}
+	pids := []occupant{w.ctl.worker.occupant(), w.ctl.supervisor.occupant()}
+	w.Abort()
+	for _, o := range pids {
+		if present(o) {
+			t.Errorf("%d is alive", o.PID)
+		}
+	}
+	if left, _ := os.ReadDir(dir); len(left) != 0 {
+		t.Errorf("left behind: %v", left)
+	}
+}

@@ -1,0 +1,186 @@
+package pager
+
+import (
+	"encoding/json"
+	"errors"
+	"fmt"
+	"io/fs"
+	"os"
+	"path/filepath"
+	"strconv"
+	"strings"
+
+	"github.com/ckagent/ckagent/agent/problem"
+)
+
+// Files in the run directory, all 0600.
+const (
+	stateFile = "pager.json" // configuration, phase, damage: written by the starter, then by the worker
+	seatsFile = "pager.pids" // who they were when it was written: for Resume by hand
+	logFile   = "pager.log"  // what the processes had to say
+	lockFile  = "pager.lock" // one Resume at a time
+)
+
+const (
+	stateSchema   = "ckagent.pager/1"
+	maxStateBytes = 16 << 20
+)
+
+// state is pager.json.
+type state struct {
+	Schema string   `json:"schema"`
+	Phase  string   `json:"phase"`
+	Config Config   `json:"config"`
+	Error  *failure `json:"error,omitempty"`
+	Damage *damage  `json:"damage,omitempty"`
+	Final  *Stats   `json:"final,omitempty"`
+	Notes  []string `json:"notes,omitempty"` // what could not be done, though nothing was lost
+	Armed  bool     `json:"armed"`           // the proof that nothing was present has been made
+}
+
+// failure is a problem.Error on its way between processes.
+type failure struct {
+	Code      problem.Code `json:"code"`
+	Op        string       `json:"op"`
+	Object    string       `json:"object,omitempty"`
+	Hint      string       `json:"hint,omitempty"`
+	Retryable bool         `json:"retryable"`
+	Cause     string       `json:"cause"`
+}
+
+// damage says which pages cannot be had.
+type damage struct {
+	Pages uint64  `json:"pages"`
+	Runs  []Run   `json:"runs"` // the first of them, by block of the source
+	First failure `json:"first"`
+}
+
+func asFailure(err error) *failure {
+	var p *problem.Error
+	if !errors.As(err, &p) {
+		return &failure{Code: problem.CodeOf(err), Op: "page in", Cause: err.Error()}
+	}
+	f := &failure{Code: p.Code, Op: p.Op, Object: p.Object, Hint: p.Hint, Retryable: p.Retryable}
+	if p.Err != nil {
+		f.Cause = p.Err.Error()
+	}
+	return f
+}
+
+func (f *failure) err() error {
+	return &problem.Error{Code: f.Code, Op: f.Op, Object: f.Object, Hint: f.Hint,
+		Retryable: f.Retryable, Err: errors.New(f.Cause)}
+}
+
+// writeFile replaces a file of the run directory in one step. It is not synced: it
+// matters only as long as the host runs.
+func writeFile(dir, name string, v any) error {
+	b, err := json.Marshal(v)
+	if err != nil {
+		return fmt.Errorf("encode %s: %w", name, err)
+	}
+	f, err := os.CreateTemp(dir, name+".*") // 0600
+	if err != nil {
+		return fmt.Errorf("write %s: %w", name, err)
+	}
+	_, err = f.Write(append(b, '\n'))
+	if cerr := f.Close(); err == nil {
+		err = cerr
+	}
+	if err == nil {
+		err = os.Rename(f.Name(), filepath.Join(dir, name))
+	}
+	if err != nil {
+		os.Remove(f.Name())
+		return fmt.Errorf("write %s: %w", name, err)
+	}
+	return nil
+}
+
+func readFile(dir, name string, v any) error {
+	path := filepath.Join(dir, name)
+	f, err := os.Open(path)
+	if err != nil {
+		return err
+	}
+	defer f.Close()
+	st, err := f.Stat()
+	if err != nil {
+		return err
+	}
+	if !st.Mode().IsRegular() || st.Size() > maxStateBytes {
+		return fmt.Errorf("%s: %d bytes are too many", path, st.Size())
+	}
+	if err := json.NewDecoder(f).Decode(v); err != nil {
+		return fmt.Errorf("%s: %w", path, err)
+	}
+	return nil
+}
+
+func loadState(dir string) (*state, error) {
+	s := &state{}
+	if err := readFile(dir, stateFile, s); err != nil {
+		if errors.Is(err, fs.ErrNotExist) {
+			return nil, problem.New(problem.NotFound, "resume pager", dir, "no pager was started there")
+		}
+		return nil, problem.New(problem.Failed, "resume pager", dir, "%w", err)
+	}
+	if s.Schema != stateSchema {
+		return nil, problem.New(problem.Refused, "resume pager", dir, "state of schema %q, %q expected", s.Schema, stateSchema)
+	}
+	s.Config.RunDir = dir
+	if err := s.Config.resolve(); err != nil {
+		return nil, problem.New(problem.Failed, "resume pager", dir, "state does not make sense: %w", err)
+	}
+	return s, nil
+}
+
+// seats is pager.pids.
+type seats struct {
+	Worker     occupant `json:"worker"`
+	Supervisor occupant `json:"supervisor"`
+}
+
+type occupant struct {
+	PID   int    `json:"pid"`
+	Start uint64 `json:"start"`
+}
+
+func (s *seat) occupant() occupant { return occupant{int(s.pid.Load()), s.start.Load()} }
+
+func (s *seat) fill(o occupant, beatNS int64) {
+	s.start.Store(o.Start)
+	s.beatNS.Store(beatNS)
+	s.pid.Store(int64(o.PID))
+	s.spawns.Add(1)
+}
+
+// noteSeats writes down who is who. Both processes do; the last one wins, and a
+// name that is one step old still leads to somebody who knows.
+func noteSeats(dir string, c *control) error {
+	return writeFile(dir, seatsFile, seats{c.worker.occupant(), c.supervisor.occupant()})
+}
+
+// startTicks is when a process started, in ticks since boot, and its state letter.
+func startTicks(pid int) (ticks uint64, stateLetter byte, err error) {
+	b, err := os.ReadFile("/proc/" + strconv.Itoa(pid) + "/stat")
+	if err != nil {
+		return 0, 0, err
+	}
+	// The name may contain anything but the last ')' ends it.
+	i := strings.LastIndexByte(string(b), ')')
+	f := strings.Fields(string(b[i+1:]))
+	if i < 0 || len(f) < 20 || len(f[0]) != 1 {
+		return 0, 0, fmt.Errorf("/proc/%d/stat: %q", pid, b)
+	}
+	ticks, err = strconv.ParseUint(f[19], 10, 64)
+	return ticks, f[0][0], err
+}
+
+// cleanUp removes our files, and the directory if nothing else is in it.
+func cleanUp(dir string) {
+	for _, name := range []string{seatsFile, stateFile, logFile, lockFile} {
+		_ = os.Remove(filepath.Join(dir, name))
+	}
+	_ = os.Remove(dir)
+}

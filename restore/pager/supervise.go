@@ -1,0 +1,115 @@
+package pager
+
+import (
+	"context"
+	"fmt"
+	"os"
+	"time"
+
+	"golang.org/x/sys/unix"
+
+	"github.com/ckagent/ckagent/agent/problem"
+	"github.com/ckagent/ckagent/uffd"
+)
+
+// SuperviseMain is the supervisor process: it replaces a worker that died or shows
+// no sign of life. args are what follows the verb. It touches neither the source
+// nor the memory served, so that nothing that harms a worker can harm it.
+func SuperviseMain(ctx context.Context, args []string) error {
+	o, err := parseOptions(VerbSupervisor, args)
+	if err != nil {
+		return err
+	}
+	ctl, err := openControl(os.NewFile(controlFD, controlMapping))
+	if err != nil {
+		return problem.New(problem.Failed, "start", VerbSupervisor, "%w", err)
+	}
+	defer ctl.close()
+	leave := joinCgroup(cgroupName(supervisorRole.name, os.Getpid()))
+	defer leave()
+	if !o.resume && !holdLeash() {
+		return nil
+	}
+	err = supervise(ctx, o, ctl)
+	dropCgroup(cgroupName(workerRole.name, int(ctl.worker.pid.Load())))
+	return err
+}
+
+func supervise(ctx context.Context, o *options, ctl *control) error {
+	log := func(format string, args ...any) {
+		fmt.Fprintf(os.Stderr, "%s pagerd[%d]: %s\n", time.Now().Format(time.RFC3339Nano), os.Getpid(), fmt.Sprintf(format, args...))
+	}
+	st, err := loadState(o.runDir)
+	if err != nil {
+		log("%v", err)
+		return err
+	}
+	self := int64(os.Getpid())
+	ticks, _, err := startTicks(os.Getpid())
+	if err != nil {
+		return err
+	}
+	me := &ctl.supervisor
+	me.start.Store(ticks)
+	me.pid.Store(self)
+	me.works.Add(1)
+	pidfd, err := openTarget(&st.Config)
+	if err != nil {
+		ctl.phase.CompareAndSwap(uint32(PhaseServing), uint32(PhaseGone))
+		ctl.wake()
+		return nil
+	}
+	defer unix.Close(pidfd)
+	stop, err := uffd.NewStop()
+	if err != nil {
+		return err
+	}
+	defer stop.Close()
+
+	watched := make(chan struct{})
+	wctx, cancel := context.WithCancel(ctx)
+	defer cancel()
+	w := &watcher{role: workerRole, self: o.self, runDir: o.runDir, ctl: ctl, log: log}
+	go func() {
+		defer close(watched)
+		w.run(wctx, stop)
+	}()
+	for ctx.Err() == nil && !ctl.phaseNow().over() && me.pid.Load() == self {
+		me.beatNS.Store(nowNS())
+		if await(beatEvery, stop.FD(), pidfd) == 0 {
+			break
+		}
+	}
+	superseded := me.pid.Load() != self
+	cancel()
+	_ = stop.Signal()
+	<-watched
+	if superseded {
+		return nil
+	}
+	if !alive(pidfd) && !ctl.phaseNow().over() {
+		ctl.setPhase(PhaseGone)
+	}
+	awaitExit(int(ctl.worker.pid.Load()), ctl.worker.start.Load(), lastWords)
+	w.reap()
+	if ctl.has(flagDetached) && ctl.phaseNow().over() {
+		cleanUp(o.runDir)
+	}
+	return nil
+}
+
+const lastWords = 3 * time.Second
+
+// awaitExit returns when a process has ended, or after d.
+func awaitExit(pid int, start uint64, d time.Duration) {
+	fd, err := unix.PidfdOpen(pid, 0)
+	if err != nil {
+		return
+	}
+	defer unix.Close(fd)
+	if ticks, _, err := startTicks(pid); err != nil || start != 0 && ticks != start {
+		return
+	}
+	fds := []unix.PollFd{{Fd: int32(fd), Events: unix.POLLIN}}
+	_, _ = unix.Poll(fds, int(d/time.Millisecond))
+}
