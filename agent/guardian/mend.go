@@ -1,0 +1,174 @@
+package guardian
+
+import (
+	"bufio"
+	"bytes"
+	"context"
+	"errors"
+	"fmt"
+	"os"
+	"slices"
+	"strconv"
+	"time"
+
+	"golang.org/x/sys/unix"
+
+	"github.com/ckagent/ckagent/agent/qmp"
+	"github.com/ckagent/ckagent/agent/vm/inject"
+)
+
+// How long the steps of a take-over may take. None waits for another's success.
+const (
+	agentPatience   = 100 * time.Millisecond // for a killed agent to be gone
+	serverPatience  = 2 * time.Second        // for a killed fault server: its exit unprotects memory
+	monitorPatience = 10 * time.Second       // for QMP to be in step; it may be flushing disks
+	injectPatience  = 3 * time.Second        // for closing descriptors inside
+)
+
+// Report says what a take-over or a release did.
+type Report struct {
+	Schema       string   `json:"schema"`
+	QEMUPID      int      `json:"qemu_pid"`
+	Reason       string   `json:"reason"`
+	At           string   `json:"at"`
+	Phase        uint32   `json:"phase"`                   // the agent's, as it left it
+	AgentEnded   bool     `json:"agent_ended"`             // by us
+	GuardEnded   bool     `json:"guardian_ended"`          // by us (release only)
+	ServerEnded  bool     `json:"fault_server_ended"`      // by us, as it did not go by itself
+	Continued    bool     `json:"continued"`               // SIGCONT sent
+	StatusBefore string   `json:"status_before,omitempty"` // QEMU's run state as found
+	Resumed      bool     `json:"resumed"`                 // `cont` sent
+	ClosedFDs    []int    `json:"closed_fds"`              // descriptors closed inside QEMU
+	Armed        bool     `json:"armed"`                   // memory is still write-protected
+	TookNS       int64    `json:"took_ns"`
+	ResumedNS    int64    `json:"resumed_ns,omitempty"` // from the decision to QEMU's answer to `cont`
+	Problems     []string `json:"problems,omitempty"`
+}
+
+const reportSchema = "ckagent.release/1"
+
+func (r *Report) note(err error) {
+	if err != nil {
+		r.Problems = append(r.Problems, err.Error())
+	}
+}
+
+// knownFDs are the descriptors that FindLeftovers lists before anything of ours
+// is in the process.
+func knownFDs(pid int) ([]inject.Leftover, error) { return inject.FindLeftovers(pid) }
+
+// newFDs are those that were not known.
+func newFDs(pid int, known []inject.Leftover) ([]int, error) {
+	now, err := inject.FindLeftovers(pid)
+	if err != nil {
+		return nil, err
+	}
+	var fds []int
+	for _, l := range now {
+		if !slices.Contains(known, l) {
+			fds = append(fds, l.FD)
+		}
+	}
+	return fds, nil
+}
+
+// closeLeftovers closes inside QEMU what an interrupted injection left.
+func closeLeftovers(ctx context.Context, pid int, known []inject.Leftover, r *Report) {
+	fds, err := newFDs(pid, known)
+	if err != nil || len(fds) == 0 {
+		r.note(err)
+		return
+	}
+	ctx, cancel := context.WithTimeout(ctx, injectPatience)
+	defer cancel()
+	if err := inject.CloseFDs(ctx, pid, fds); err != nil {
+		r.note(err)
+		return
+	}
+	r.ClosedFDs = append(r.ClosedFDs, fds...)
+}
+
+// armedKinds are the userfaultfd registrations that smaps shows of a process:
+// um missing, uw write-protect, ui minor.
+type armedKinds struct{ missing, writeProtect, minor bool }
+
+func armed(pid int) (armedKinds, error) {
+	var k armedKinds
+	f, err := os.Open("/proc/" + strconv.Itoa(pid) + "/smaps")
+	if err != nil {
+		return k, err
+	}
+	defer f.Close()
+	sc := bufio.NewScanner(f)
+	sc.Buffer(make([]byte, 0, 8192), 64<<10)
+	for sc.Scan() {
+		flags, ok := bytes.CutPrefix(sc.Bytes(), []byte("VmFlags:"))
+		if !ok {
+			continue
+		}
+		for flag := range bytes.FieldsSeq(flags) {
+			switch string(flag) {
+			case "um":
+				k.missing = true
+			case "uw":
+				k.writeProtect = true
+			case "ui":
+				k.minor = true
+			}
+		}
+	}
+	return k, sc.Err()
+}
+
+// resume lets QEMU go on as far as the control page says that we stopped it.
+// socket may be nil; endpoint is the way back in if the connection is lost.
+func resume(ctx context.Context, c *Control, qemuPidfd int, socket *os.File, endpoint qmp.Endpoint, r *Report) error {
+	if c.SigStopped.Load() != 0 {
+		if err := unix.PidfdSendSignal(qemuPidfd, unix.SIGCONT, nil, 0); err != nil {
+			return fmt.Errorf("SIGCONT: %w", err)
+		}
+		r.Continued = true
+		c.SigStopped.Store(0)
+	}
+	ctx, cancel := context.WithTimeout(ctx, monitorPatience)
+	defer cancel()
+	m, done, err := openMonitor(ctx, socket, endpoint)
+	if err != nil {
+		if c.Stopped.Load() == 0 {
+			return nil // nothing to resume: an unusable monitor is not our matter
+		}
+		return err
+	}
+	defer done()
+	// Half a command of the agent's is off the wire now, also if there is nothing
+	// to resume: the next user of this monitor finds it clean.
+	if c.Running.Load() == 0 || c.Stopped.Load() == 0 {
+		return nil
+	}
+	r.StatusBefore, r.Resumed, err = resumeVM(ctx, m)
+	if err == nil {
+		c.Stopped.Store(0)
+	}
+	return err
+}
+
+func openMonitor(ctx context.Context, socket *os.File, endpoint qmp.Endpoint) (executor, func(), error) {
+	var first error
+	if socket != nil {
+		m, err := takeMonitor(ctx, socket)
+		if err == nil {
+			return m, m.close, nil
+		}
+		first = err
+		// QEMU serves one connection per monitor: ours must be gone first.
+		socket.Close()
+	}
+	if endpoint.Network == "" {
+		return nil, nil, errors.Join(first, errors.New("no way to reach QMP"))
+	}
+	client, err := qmp.Dial(ctx, endpoint)
+	if err != nil {
+		return nil, nil, errors.Join(first, err)
+	}
+	return client, func() { client.Close() }, nil
+}

@@ -1,0 +1,94 @@
+package guardian
+
+import (
+	"bytes"
+	"errors"
+	"fmt"
+	"os"
+	"strconv"
+	"strings"
+	"time"
+
+	"golang.org/x/sys/unix"
+)
+
+// identity names a process against reuse of its pid.
+type identity struct {
+	PID        int    `json:"pid"`
+	StartTicks uint64 `json:"start_ticks"` // field 22 of /proc/PID/stat
+}
+
+// identify reads the identity of a live process; zombies do not count.
+func identify(pid int) (identity, error) {
+	b, err := os.ReadFile("/proc/" + strconv.Itoa(pid) + "/stat")
+	if err != nil {
+		return identity{}, err
+	}
+	// The name may contain anything; what follows the last ')' is regular.
+	i := bytes.LastIndexByte(b, ')')
+	f := strings.Fields(string(b[i+1:]))
+	if i < 0 || len(f) < 20 {
+		return identity{}, fmt.Errorf("not a stat line: %.80q", b)
+	}
+	if f[0] == "Z" || f[0] == "X" {
+		return identity{}, fmt.Errorf("pid %d: %w", pid, os.ErrProcessDone)
+	}
+	start, err := strconv.ParseUint(f[19], 10, 64)
+	if err != nil {
+		return identity{}, err
+	}
+	return identity{PID: pid, StartTicks: start}, nil
+}
+
+// alive reports whether this very process exists.
+func (id identity) alive() bool {
+	now, err := identify(id.PID)
+	return err == nil && now == id
+}
+
+// open returns a pidfd of this very process, or an error if it is gone.
+func (id identity) open() (*os.File, error) {
+	fd, err := unix.PidfdOpen(id.PID, 0)
+	if err != nil {
+		return nil, err
+	}
+	// Holding the pidfd, the pid cannot be reused: what is true now stays.
+	if !id.alive() {
+		unix.Close(fd)
+		return nil, unix.ESRCH
+	}
+	return os.NewFile(uintptr(fd), fmt.Sprintf("pidfd %d", id.PID)), nil
+}
+
+// waitExit waits for the end of a process; false if it lives on after d.
+func waitExit(pidfd int, d time.Duration) bool {
+	deadline := time.Now().Add(d)
+	for {
+		left := max(time.Until(deadline), 0)
+		fds := []unix.PollFd{{Fd: int32(pidfd), Events: unix.POLLIN}}
+		n, err := unix.Poll(fds, int((left+time.Millisecond-1)/time.Millisecond))
+		switch {
+		case err == nil && n > 0:
+			return true
+		case err != nil && !errors.Is(err, unix.EINTR):
+			return false
+		case left == 0:
+			return false
+		}
+	}
+}
+
+// end kills a process and sees that it goes: SIGKILL, and out of a frozen cgroup
+// if that has no effect (a task frozen by the v1 freezer dies when it is thawed;
+// moved to a cgroup that is not frozen it is, alone). Without v1 freezer, or if it
+// hangs in the kernel, it is left to die when it can.
+func end(pidfd, pid int, home cgroups, patience time.Duration) (gone bool) {
+	if err := unix.PidfdSendSignal(pidfd, unix.SIGKILL, nil, 0); err != nil {
+		return errors.Is(err, unix.ESRCH)
+	}
+	if waitExit(pidfd, min(patience, 30*time.Millisecond)) {
+		return true
+	}
+	home.adopt(pid)
+	return waitExit(pidfd, patience)
+}

@@ -1,0 +1,171 @@
+package guardian
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"io/fs"
+	"os"
+	"time"
+
+	"github.com/ckagent/ckagent/agent/problem"
+	"github.com/ckagent/ckagent/agent/qmp"
+	"github.com/ckagent/ckagent/agent/vm/inject"
+)
+
+// Release does by hand what a guardian does: it ends what guardian and fault
+// server of ours still work on the QEMU process, closes what an interrupted
+// injection left inside, lets QEMU go on if the control page says that we stopped
+// it, and reports what it did. With nothing to do it does nothing and says so:
+// it may be repeated.
+//
+// problem.Busy if a live agent is at work on the VM; problem.NotFound if there is
+// no such process. Userfaultfds of a process that waits for missing pages (a lazy
+// restore, post-copy) are left alone unless the state file proves them ours: to
+// close them would feed the guest zeros.
+func Release(ctx context.Context, pid int) (Report, error) { return releaseIn(ctx, stateDir, pid) }
+
+func releaseIn(ctx context.Context, dir string, pid int) (Report, error) {
+	began := time.Now()
+	r := Report{Schema: reportSchema, QEMUPID: pid, Reason: "asked to", At: began.Format(stateTimestamp), ClosedFDs: []int{}}
+	object := fmt.Sprintf("pid %d", pid)
+	qemu, err := identify(pid)
+	if err != nil {
+		return r, problem.New(problem.NotFound, "release", object, "no such process: %w", err)
+	}
+	pidfd, err := qemu.open()
+	if err != nil {
+		return r, problem.New(problem.NotFound, "release", object, "it ended: %w", err)
+	}
+	defer pidfd.Close()
+	s, err := readState(dir, qemu)
+	known := err == nil
+	if err != nil && !errors.Is(err, fs.ErrNotExist) {
+		return r, problem.New(problem.Failed, "release", object, "state file: %w", err).
+			WithHint("remove %s%s if it is damaged, and try again", statePath(dir, qemu), stateSuffix)
+	}
+	control, err := openNamedControl(dir, qemu)
+	if err == nil {
+		defer control.Close()
+		r.Phase = control.Phase.Load()
+	} else if !errors.Is(err, fs.ErrNotExist) {
+		r.note(err)
+	}
+	if known {
+		if err := endProcesses(s, control, &r); err != nil {
+			return r, err
+		}
+	}
+	if control != nil {
+		if err := resume(ctx, control, int(pidfd.Fd()), nil, endpointOf(ctx, s, pid), &r); err != nil {
+			r.note(fmt.Errorf("resume: %w", err))
+		}
+	}
+	closeOurs(ctx, pid, s, known, &r)
+	kinds, err := armed(pid)
+	r.note(err)
+	r.Armed = kinds.writeProtect
+	r.TookNS = time.Since(began).Nanoseconds()
+	if r.Armed || len(r.Problems) > 0 {
+		return r, problem.New(problem.Failed, "release", object, "%w", releaseFailure(r)).
+			WithHint("see who holds it: ls -l /proc/%d/fd | grep userfaultfd; grep -c ' uw' /proc/%d/smaps", pid, pid)
+	}
+	removeState(dir, qemu)
+	removeCgroups(guardianCgroup(qemu))
+	return r, nil
+}
+
+func releaseFailure(r Report) error {
+	var errs []error
+	for _, p := range r.Problems {
+		errs = append(errs, errors.New(p))
+	}
+	if r.Armed {
+		errs = append(errs, errors.New("its memory stays write-protected"))
+	}
+	return errors.Join(errs...)
+}
+
+// endProcesses ends guardian, agent and fault server, in that order: the guardian
+// must not act on the deaths of the others while we do. A live agent is left
+// alone.
+func endProcesses(s state, control *Control, r *Report) error {
+	if s.Agent.alive() && control != nil && control.Engaged.Load() != 0 && s.Agent.PID != os.Getpid() {
+		if age := time.Duration(Now() - control.AgentBeatNS.Load()); age < AgentSilence {
+			return problem.New(problem.Busy, "release", fmt.Sprintf("pid %d", s.QEMU.PID),
+				"ckagent with pid %d is at work on it", s.Agent.PID).
+				WithHint("cancel that checkpoint, or end that process; its guardian will then put the VM right")
+		}
+	}
+	home := cgroups{freezer: thawedCgroup()}
+	r.GuardEnded = endIdentity(s.Guardian, home)
+	if control != nil && control.Engaged.Load() != 0 && s.Agent.PID != os.Getpid() {
+		r.AgentEnded = endIdentity(s.Agent, home)
+	}
+	r.ServerEnded = endIdentity(s.Server, home)
+	return nil
+}
+
+// thawedCgroup is the root of the v1 freezer, which cannot be frozen.
+func thawedCgroup() string {
+	for _, h := range hierarchies() {
+		if h.freezer {
+			return h.mount
+		}
+	}
+	return ""
+}
+
+// endIdentity ends one process if it is still the one meant.
+func endIdentity(id identity, home cgroups) bool {
+	if id.PID <= 1 {
+		return false
+	}
+	f, err := id.open()
+	if err != nil {
+		return false
+	}
+	defer f.Close()
+	end(int(f.Fd()), id.PID, home, serverPatience)
+	return true
+}
+
+// endpointOf is how to reach QMP: as recorded, else as found.
+func endpointOf(ctx context.Context, s state, pid int) qmp.Endpoint {
+	if s.QMP.Network != "" {
+		return s.QMP
+	}
+	found, err := qmp.Discover(ctx, pid)
+	if err != nil || len(found) == 0 {
+		return qmp.Endpoint{}
+	}
+	return found[0]
+}
+
+// closeOurs closes leftovers inside QEMU: what the state file proves to be new;
+// without one, what is certainly ours, and write-protecting userfaultfds.
+func closeOurs(ctx context.Context, pid int, s state, known bool, r *Report) {
+	if known {
+		closeLeftovers(ctx, pid, s.Known, r)
+		return
+	}
+	all, err := inject.FindLeftovers(pid)
+	if err != nil {
+		r.note(err)
+		return
+	}
+	kinds, err := armed(pid)
+	if err != nil {
+		r.note(err)
+		return
+	}
+	var keep []inject.Leftover
+	for _, l := range all {
+		ours := l.Certain ||
+			l.Kind == inject.KindUserfaultfd && kinds.writeProtect && !kinds.missing && !kinds.minor
+		if !ours {
+			keep = append(keep, l)
+		}
+	}
+	closeLeftovers(ctx, pid, keep, r)
+}
