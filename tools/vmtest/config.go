@@ -231,7 +231,7 @@ func virtioDevices(n int) (args []string) {
 		case 0:
 			args = append(args, "-netdev", "user,id=n"+id, "-device", "virtio-net-pci,romfile=,netdev=n"+id)
 		case 1:
-			args = append(args, "-blockdev", "driver=null-co,read-zeroes=on,read-only=on,size=1M,node-name=b"+id, "-device", "virtio-blk-pci,drive=b"+id)
+			args = append(args, "-blockdev", "driver=null-co,read-zeroes=on,read-only=on,size=1048576,node-name=b"+id, "-device", "virtio-blk-pci,drive=b"+id)
 		case 2:
 			args = append(args, "-device", "virtio-rng-pci")
 		case 3:

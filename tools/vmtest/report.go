@@ -156,12 +156,12 @@ func (r *Report) take(text string, grow func(string, uint64) uint64) {
 	case "CORRUPT":
 		r.CorruptOnPurpose = true
 	case "FILES":
-		if words[1] != "ready" {
+		if len(words) > 1 && words[1] != "ready" {
 			r.FilesWrote = grow("files", num("wrote"))
 		}
 		r.FilesBad = num("bad")
 	case "ECHO":
-		if words[1] != "ready" {
+		if len(words) > 1 && words[1] != "ready" {
 			r.EchoBytes = grow("echo", num("bytes"))
 		}
 	}

@@ -104,13 +104,3 @@ func Skip(t testing.TB, id, format string, args ...any) {
 	fmt.Printf("SKIP-REASON %s: %s\n", id, reason)
 	t.Skipf("SKIP-REASON %s: %s", id, reason)
 }
-
-// NeedKVM skips the test where /dev/kvm does not run even the mini guest's mode.
-func NeedKVM(t testing.TB) {
-	t.Helper()
-	f, err := os.OpenFile("/dev/kvm", os.O_RDWR, 0)
-	if err != nil {
-		Skip(t, "kvm", "no usable /dev/kvm")
-	}
-	f.Close()
-}

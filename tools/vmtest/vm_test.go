@@ -6,6 +6,7 @@ import (
 	"io"
 	"net"
 	"os"
+	"strconv"
 	"strings"
 	"testing"
 	"time"
@@ -220,5 +221,76 @@ func TestQEMU10(t *testing.T) {
 		t.Fatalf("version %v", m.Version)
 	}
 	v.WaitProgress(t, 100)
+	v.Invariants()
+}
+
+// Every configuration of the matrix boots and its guest makes progress.
+func TestMatrix(t *testing.T) {
+	for _, c := range Matrix() {
+		t.Run(c.Name, func(t *testing.T) {
+			v := Start(t, c.Prepare(t))
+			v.WaitProgress(t, 200)
+			v.Invariants()
+			if _, _, err := v.MainRAM(); err != nil && c.Config.Backend != FileExt4 {
+				t.Error(err)
+			}
+		})
+	}
+}
+
+// Which of the guest's clocks go on over a pause: none but the RTC (and that one
+// decides what tools/guest/README.md says about measuring gaps).
+func TestClocksOverAPause(t *testing.T) {
+	v := Start(t, Config{Control: true})
+	m, err := DialMonitor(t.Context(), v.ControlPath())
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer m.Close()
+	v.WaitSerial(t, `^TICK 12 `, 20*time.Second)
+	const pause = 3 * time.Second
+	if err := m.Execute(t.Context(), "stop", nil, nil); err != nil {
+		t.Fatal(err)
+	}
+	timer := time.NewTimer(pause)
+	<-timer.C
+	mark := v.SerialSize()
+	if err := m.Execute(t.Context(), "cont", nil, nil); err != nil {
+		t.Fatal(err)
+	}
+	ctx, cancel := context.WithTimeout(t.Context(), 20*time.Second)
+	defer cancel()
+	after, err := v.AwaitSerialFrom(ctx, mark, `^TICK .*rtc=2`)
+	if err != nil {
+		t.Fatal(err)
+	}
+	var before string
+	for line := range strings.Lines(v.Serial()[:mark]) {
+		if strings.HasPrefix(line, "TICK ") && strings.Contains(line, "rtc=2") {
+			before = line
+		}
+	}
+	field := func(line, key string) string {
+		_, rest, _ := strings.Cut(line, key+"=")
+		value, _, _ := strings.Cut(rest, " ")
+		return value
+	}
+	step := func(key string) time.Duration {
+		a, err1 := strconv.ParseInt(field(before, key), 10, 64)
+		b, err2 := strconv.ParseInt(field(after, key), 10, 64)
+		if err1 != nil || err2 != nil {
+			t.Fatalf("%q %q", before, after)
+		}
+		return time.Duration(b-a) * time.Microsecond
+	}
+	rtcBefore, err1 := time.Parse(time.RFC3339, field(before, "rtc"))
+	rtcAfter, err2 := time.Parse(time.RFC3339, field(after, "rtc"))
+	if err1 != nil || err2 != nil {
+		t.Fatalf("%q %q", before, after)
+	}
+	t.Logf("over a pause of %v: monotonic %v, realtime %v, RTC %v", pause, step("mono_us"), step("real_us"), rtcAfter.Sub(rtcBefore))
+	if mono, rtc := step("mono_us"), rtcAfter.Sub(rtcBefore); mono > pause || rtc < pause {
+		t.Errorf("monotonic went on by %v, the RTC by %v over a pause of %v", mono, rtc, pause)
+	}
 	v.Invariants()
 }
