@@ -69,7 +69,7 @@ type extent struct {
 func (v *verifier) pages(ctx context.Context, block int, first, n uint64) error {
 	r := v.r
 	size := r.manifest.Blocks[block].PageBytes
-	buf := make([]byte, max(verifyBytes, size))
+	buf := make([]byte, min(max(verifyBytes, size), n*size))
 	var extents []extent
 	for done := uint64(0); done < n; {
 		if ctx.Err() != nil {
