@@ -1,0 +1,40 @@
+// Package restore brings a checkpointed VM back: it plans the command line
+// (restore/plan), makes sure that the original is dead (restore/liveness), starts
+// QEMU waiting for an incoming state, arms its memory, feeds the device state and
+// lets the guest run while a pager (restore/pager) brings the memory in.
+//
+// # Life cycle of one restore
+//
+//	planned   image opened, command line rebuilt, nothing in the way
+//	started   QEMU runs, in a session and cgroup of its own; meanwhile the pager's
+//	          processes start and the stream is made
+//	greeted   its monitor greets, while the machine is still being built; a
+//	          userfaultfd is made inside
+//	ready     its main loop answers
+//	layout    every RAMBlock has its address
+//	armed     small blocks are written, no page of the others is present, and
+//	          whoever touches one waits for the pager
+//	fed       the device state is loaded
+//	running   the guest runs (or stays paused, as it was)
+//	drained   all memory is in; nothing of ckagent is attached
+//
+// The control socket is bound here and inherited by QEMU, so that connecting to it
+// works at once and waits for QEMU by itself. `cont` is sent together with
+// migrate-incoming: QEMU takes it as the wish to run as soon as the state is
+// loaded, which saves a round trip and the moment in between.
+//
+// # Failure
+//
+// Until the guest runs, any failure kills the new QEMU, ends its pager, removes its
+// run directory and leaves everything else as it was. A QEMU that could not load
+// the state is not asked again: it is told apart by what it wrote to its log. Once
+// the guest runs it is never killed: a drain that cannot finish returns the Result
+// together with the error, and the pager goes on.
+//
+// # Concurrency
+//
+// One Run is one goroutine plus an errgroup for what overlaps with QEMU's start,
+// joined before it goes on. Runs of different VMs may overlap; of one VM they
+// refuse each other (liveness.Hold). A restored QEMU and its pager are not children
+// that have to be waited for: they outlive the caller.
+package restore

@@ -1,0 +1,213 @@
+package liveness
+
+import (
+	"bytes"
+	"context"
+	"errors"
+	"fmt"
+	"os"
+	"path/filepath"
+	"slices"
+	"strconv"
+	"strings"
+
+	"github.com/ckagent/ckagent/agent/cmdline"
+	"github.com/ckagent/ckagent/agent/vm"
+)
+
+// Subject is the VM in question.
+type Subject struct {
+	// The checkpointed process, as far as it was recorded; PID 0 if not.
+	PID        int
+	StartTicks uint64
+	BootID     string
+
+	Name    string // of -name; empty if it had none
+	UUID    string
+	Sockets []string // control sockets it listened on, absolute
+	Images  []string // files it had open for writing, absolute
+}
+
+// Doubt is one reason to think that the VM lives.
+type Doubt struct {
+	PID  int    `json:"pid,omitempty"` // 0: not known
+	What string `json:"what"`
+}
+
+func (d Doubt) String() string {
+	if d.PID == 0 {
+		return d.What
+	}
+	return fmt.Sprintf("pid %d %s", d.PID, d.What)
+}
+
+// maxCmdline bounds what is read of a process's arguments.
+const maxCmdline = 4 << 20
+
+// Check returns every doubt. An error means that the host could not be looked at,
+// which is a doubt of its own: the caller must not start the VM then.
+func Check(ctx context.Context, s Subject) ([]Doubt, error) {
+	var doubts []Doubt
+	if d, ok := s.recordedProcess(); ok {
+		doubts = append(doubts, d)
+	}
+	entries, err := os.ReadDir("/proc")
+	if err != nil {
+		return nil, fmt.Errorf("list processes: %w", err)
+	}
+	for _, e := range entries {
+		pid, err := strconv.Atoi(e.Name())
+		if err != nil || pid == os.Getpid() {
+			continue
+		}
+		if err := ctx.Err(); err != nil {
+			return nil, err
+		}
+		exe, err := os.Readlink("/proc/" + e.Name() + "/exe")
+		if err != nil || !vm.AllowedBinary(strings.TrimSuffix(exe, " (deleted)")) {
+			continue // a kernel thread, gone, or not QEMU
+		}
+		if slices.ContainsFunc(doubts, func(d Doubt) bool { return d.PID == pid }) {
+			continue
+		}
+		if what := s.resembles(pid); what != "" {
+			doubts = append(doubts, Doubt{PID: pid, What: what})
+		}
+	}
+	for _, path := range s.Images {
+		held, err := Locked(path)
+		if err != nil {
+			return nil, fmt.Errorf("look at the lock of %s: %w", path, err)
+		}
+		if held {
+			doubts = append(doubts, Doubt{What: "somebody holds the lock of the image " + path})
+		}
+	}
+	return doubts, nil
+}
+
+// recordedProcess looks for the very process that was checkpointed.
+func (s Subject) recordedProcess() (Doubt, bool) {
+	if s.PID <= 0 {
+		return Doubt{}, false
+	}
+	boot, err := BootID()
+	if err != nil || s.BootID != "" && boot != s.BootID {
+		return Doubt{}, false // another boot, another set of processes
+	}
+	p, err := vm.OpenProcessAs(s.PID, s.StartTicks)
+	if err != nil {
+		return Doubt{}, false
+	}
+	defer p.Close()
+	return Doubt{PID: s.PID, What: "is the process that was checkpointed"}, true
+}
+
+// resembles says what a QEMU process has in common with the subject.
+func (s Subject) resembles(pid int) string {
+	raw, err := readCmdline(pid)
+	if err != nil || len(raw) == 0 {
+		return "" // gone, or a zombie: its memory is
+	}
+	args := strings.Split(strings.TrimSuffix(string(raw), "\x00"), "\x00")
+	opts, err := cmdline.Parse(args[1:])
+	if err != nil {
+		return ""
+	}
+	cwd, _ := os.Readlink("/proc/" + strconv.Itoa(pid) + "/cwd")
+	abs := func(p string) string {
+		if p == "" || filepath.IsAbs(p) {
+			return filepath.Clean(p)
+		}
+		return filepath.Join(cwd, p)
+	}
+	for _, o := range opts {
+		kv, err := o.KeyVal()
+		if err != nil {
+			kv = &cmdline.KeyVal{}
+		}
+		switch o.Name {
+		case "name":
+			if n, _ := kv.Get("guest"); s.Name != "" && n == s.Name {
+				return "runs a VM of the name " + s.Name
+			}
+		case "uuid":
+			if s.UUID != "" && strings.EqualFold(o.Value, s.UUID) {
+				return "runs a VM with the UUID " + s.UUID
+			}
+		case "chardev":
+			if p, ok := kv.Get("path"); ok && slices.Contains(s.Sockets, abs(p)) {
+				return "listens on its socket " + abs(p)
+			}
+		case "qmp", "qmp-pretty", "monitor":
+			if p, ok := strings.CutPrefix(o.Value, "unix:"); ok {
+				p, _, _ = strings.Cut(p, ",")
+				if slices.Contains(s.Sockets, abs(p)) {
+					return "listens on its socket " + abs(p)
+				}
+			}
+		}
+	}
+	return s.opened(pid)
+}
+
+// opened says which of the subject's images a process has open for writing.
+func (s Subject) opened(pid int) string {
+	if len(s.Images) == 0 {
+		return ""
+	}
+	dir := "/proc/" + strconv.Itoa(pid) + "/fd"
+	fds, err := os.ReadDir(dir)
+	if err != nil {
+		return ""
+	}
+	for _, fd := range fds {
+		st, err := os.Stat(dir + "/" + fd.Name())
+		if err != nil {
+			continue
+		}
+		for _, img := range s.Images {
+			is, err := os.Stat(img)
+			if err != nil || !os.SameFile(st, is) || !writable(pid, fd.Name()) {
+				continue
+			}
+			return "has its image " + img + " open"
+		}
+	}
+	return ""
+}
+
+// writable reads the access mode of another process's descriptor.
+func writable(pid int, fd string) bool {
+	info, err := os.ReadFile("/proc/" + strconv.Itoa(pid) + "/fdinfo/" + fd)
+	if err != nil {
+		return true
+	}
+	for line := range strings.Lines(string(info)) {
+		if flags, ok := strings.CutPrefix(line, "flags:"); ok {
+			mode, err := strconv.ParseUint(strings.TrimSpace(flags), 8, 32)
+			return err != nil || mode&3 != 0
+		}
+	}
+	return true
+}
+
+func readCmdline(pid int) ([]byte, error) {
+	raw, err := os.ReadFile("/proc/" + strconv.Itoa(pid) + "/cmdline")
+	if err != nil {
+		return nil, err
+	}
+	if len(raw) > maxCmdline {
+		return nil, errors.New("command line too long")
+	}
+	return raw, nil
+}
+
+// BootID names this boot of the host.
+func BootID() (string, error) {
+	b, err := os.ReadFile("/proc/sys/kernel/random/boot_id")
+	if err != nil {
+		return "", err
+	}
+	return string(bytes.TrimSpace(b)), nil
+}

@@ -1,0 +1,439 @@
+package restore
+
+import (
+	"context"
+	"crypto/rand"
+	"encoding/hex"
+	"encoding/json"
+	"errors"
+	"fmt"
+	"os"
+	"path/filepath"
+	"strings"
+	"time"
+
+	"golang.org/x/sync/errgroup"
+
+	"github.com/ckagent/ckagent/agent/image"
+	"github.com/ckagent/ckagent/agent/problem"
+	"github.com/ckagent/ckagent/agent/qmp"
+	"github.com/ckagent/ckagent/agent/vm"
+	"github.com/ckagent/ckagent/agent/vm/inject"
+	"github.com/ckagent/ckagent/agent/vm/vmstate"
+	"github.com/ckagent/ckagent/restore/liveness"
+	"github.com/ckagent/ckagent/restore/pager"
+	"github.com/ckagent/ckagent/restore/plan"
+)
+
+// progressEvery is how often OnDrain is called.
+const progressEvery = 200 * time.Millisecond
+
+// maxInclude bounds a configuration file that the command line includes.
+const maxInclude = 1 << 20
+
+// MakePlan rebuilds the command line of a checkpoint without doing anything; it is
+// what --dry-run shows. The run directory is the one a restore by this process
+// would use.
+func MakePlan(m *image.Manifest, o Options) (*plan.Plan, error) {
+	o.fill()
+	o.nameClone()
+	return makePlan(m, o, runDirName(o.RunRoot, m.VM))
+}
+
+func makePlan(m *image.Manifest, o Options, runDir string) (*plan.Plan, error) {
+	rec := recorded(m)
+	p, err := plan.Build(rec, plan.Options{
+		Map: o.Map, Secrets: o.Secrets, Extra: o.Extra, Binary: o.Binary, QMPPath: o.QMPPath,
+		RunDir: runDir, CloneID: o.CloneID,
+		ReadFile: func(name string) ([]byte, error) {
+			if !filepath.IsAbs(name) {
+				name = filepath.Join(rec.Cwd, name)
+			}
+			st, err := os.Stat(name)
+			if err != nil {
+				return nil, err
+			}
+			if !st.Mode().IsRegular() || st.Size() > maxInclude {
+				return nil, fmt.Errorf("%s: not a file of at most %d bytes", name, maxInclude)
+			}
+			return os.ReadFile(name)
+		},
+	})
+	if err != nil {
+		return nil, err
+	}
+	p.Paused = p.Paused || o.Paused
+	return p, nil
+}
+
+func (o *Options) nameClone() {
+	if o.Clone && o.CloneID == "" {
+		var b [4]byte
+		rand.Read(b[:]) // never fails
+		o.CloneID = hex.EncodeToString(b[:])
+	}
+	if !o.Clone {
+		o.CloneID = ""
+	}
+}
+
+// run is one restore.
+type run struct {
+	o      Options
+	began  time.Time
+	r      *image.Reader
+	m      *image.Manifest
+	source *pager.SourceSpec // of the same checkpoint, for the pager
+	res    *Result
+	plan   *plan.Plan
+	dir    *runDir
+	q      *qemu
+	warm   *pager.Warm
+	pager  *pager.Process
+}
+
+// RunImage restores the checkpoint behind an opened reader, which it leaves open.
+// The checkpoint's files must stay in place until the drain is over; that is the
+// caller's business. Times count from began.
+func RunImage(ctx context.Context, r *image.Reader, began time.Time, o Options) (*Result, error) {
+	params, err := json.Marshal(map[string]string{"dir": r.Dir()})
+	if err != nil {
+		return nil, problem.New(problem.Failed, "restore", r.Dir(), "%w", err)
+	}
+	return newRun(r, &pager.SourceSpec{Kind: pager.SourceImage, Params: params}, began, o).do(ctx)
+}
+
+func newRun(r *image.Reader, source *pager.SourceSpec, began time.Time, o Options) *run {
+	o.fill()
+	o.nameClone()
+	m := r.Manifest()
+	return &run{o: o, began: began, r: r, m: m, source: source, res: &Result{
+		Schema: Schema, ID: m.ID, VM: m.VM, Lazy: !o.Eager, Clone: o.CloneID,
+		RAMBytes: ramBytes(m), Phases: []Phase{}, Changes: []plan.Change{}, Notes: []string{},
+	}}
+}
+
+func ramBytes(m *image.Manifest) (n uint64) {
+	for _, b := range m.Blocks {
+		n += b.UsedBytes
+	}
+	return n
+}
+
+func (x *run) phase(name string, at time.Time) {
+	p := Phase{Name: name, AtNS: at.Sub(x.began).Nanoseconds()}
+	x.res.Phases = append(x.res.Phases, p)
+	if x.o.OnPhase != nil {
+		x.o.OnPhase(p)
+	}
+}
+
+func (x *run) note(format string, args ...any) {
+	x.res.Notes = append(x.res.Notes, fmt.Sprintf(format, args...))
+}
+
+func (x *run) do(ctx context.Context) (_ *Result, err error) {
+	if _, err := Sweep(x.o.RunRoot); err != nil {
+		x.note("run directories of VMs that are gone could not be removed: %v", err)
+	}
+	if !x.o.Clone {
+		guard, err := liveness.Hold(x.o.RunRoot, x.m.VM)
+		if err != nil {
+			return nil, err
+		}
+		defer guard.Close()
+	}
+	if err := x.prepare(ctx); err != nil {
+		x.undo()
+		return nil, err
+	}
+	if err := x.bringUp(ctx); err != nil {
+		x.undo()
+		return nil, err
+	}
+	// The guest runs: nothing below takes it away again.
+	defer x.q.letGo()
+	return x.res, x.drain(ctx)
+}
+
+// undo removes everything a failed restore made.
+func (x *run) undo() {
+	if x.q != nil {
+		x.q.kill() // first: the pager's processes end when what they serve does
+	}
+	if x.warm != nil {
+		x.warm.Abort()
+	}
+	if x.pager != nil {
+		_ = x.pager.Wait(context.Background()) // its QEMU is dead: it ends at once
+		x.pager.Close()
+	}
+	if x.plan != nil && !strings.HasPrefix(x.plan.QMPPath, x.plan.RunDir+"/") && x.q != nil {
+		_ = os.Remove(x.plan.QMPPath)
+	}
+	if x.dir != nil {
+		_ = x.dir.remove()
+	}
+}
+
+// prepare is everything before QEMU is started.
+func (x *run) prepare(ctx context.Context) (err error) {
+	name := x.m.VM
+	if x.o.Clone {
+		name += "-clone-" + x.o.CloneID
+	}
+	if x.dir, err = reserveRunDir(x.o.RunRoot, name); err != nil {
+		return err
+	}
+	if x.plan, err = makePlan(x.m, x.o, x.dir.path); err != nil {
+		return err
+	}
+	p := x.plan
+	if err := checkBinary(p.Binary, x.o.Binary != ""); err != nil {
+		return err
+	}
+	if !x.o.Clone && !x.o.AssumeDead {
+		doubts, err := liveness.Check(ctx, subject(x.m, p))
+		if err != nil {
+			return problem.New(problem.Refused, "restore", "VM "+x.m.VM, "whether the original lives cannot be told: %w", err).
+				WithHint("--assume-dead restores it all the same")
+		}
+		if m := manager(p); m != "" {
+			doubts = append(doubts, liveness.Doubt{What: m + " manages it and may start it again by itself"})
+		}
+		if len(doubts) > 0 {
+			what := make([]string, len(doubts))
+			for i, d := range doubts {
+				what[i] = d.String()
+			}
+			return problem.New(problem.Refused, "restore", "VM "+x.m.VM, "it may still be alive: %s", strings.Join(what, "; ")).
+				WithHint("end it first; --clone makes a second VM without network, --assume-dead overrides when you know that it is dead")
+		}
+	}
+	if err := preflight(ctx, p); err != nil {
+		return err
+	}
+	if err := x.dir.own(p.UID, p.GID); err != nil {
+		return problem.New(problem.Failed, "make run directory", x.dir.path, "%w", err)
+	}
+	boot, err := liveness.BootID()
+	if err != nil {
+		return problem.New(problem.Failed, "read boot id", "", "%w", err)
+	}
+	self, err := startTicks(os.Getpid())
+	if err != nil {
+		return problem.New(problem.Failed, "read start time", "", "%w", err)
+	}
+	x.dir.state = state{Checkpoint: x.m.ID, VM: x.m.VM, Name: p.Name, BootID: boot, Restorer: identity{os.Getpid(), self}}
+	if err := x.dir.save(); err != nil {
+		return err
+	}
+	x.res.Name, x.res.QMP, x.res.RunDir, x.res.Changes, x.res.Paused = p.Name, p.QMPPath, p.RunDir, p.Changes, p.Paused
+	x.phase(PhasePlanned, time.Now())
+	return nil
+}
+
+// manager names what keeps the VM, if its sockets say so.
+func manager(p *plan.Plan) string {
+	for _, s := range p.OldUnix {
+		switch {
+		case strings.Contains(s, "/libvirt/"):
+			return "libvirt"
+		case strings.Contains(s, "/qemu-server/"):
+			return "Proxmox"
+		}
+	}
+	return ""
+}
+
+// bringUp starts QEMU and returns when the guest runs.
+func (x *run) bringUp(ctx context.Context) error {
+	slow, stop := context.WithTimeoutCause(ctx, x.o.StartWithin, fmt.Errorf("%w: QEMU was not up within %v", errTooSlow, x.o.StartWithin))
+	defer stop()
+	var err error
+	if x.q, err = launch(slow, x.plan); err != nil {
+		return err
+	}
+	q := x.q
+	x.res.QEMUPID = q.proc.PID
+	x.phase(PhaseStarted, time.Now())
+
+	// While QEMU starts: the pager's processes and the stream.
+	var stream *feed
+	defer func() {
+		if stream != nil {
+			stream.close()
+		}
+	}()
+	var early errgroup.Group
+	early.Go(func() (err error) {
+		x.warm, err = pager.Prestart(slow, x.o.Self, x.dir.path, x.source)
+		return err
+	})
+	early.Go(func() (err error) {
+		stream, err = x.stream(slow)
+		return err
+	})
+	early.Go(func() error {
+		if err := x.dir.adopt(q.proc); err != nil {
+			return err
+		}
+		isolate(q.proc.PID, cgroupName(q.proc.PID))
+		return nil
+	})
+	greetErr := q.awaitGreeting(slow)
+	greeted := time.Now()
+	if err := early.Wait(); err != nil {
+		return err
+	}
+	if greetErr != nil {
+		return q.failed(slow, "start", greetErr)
+	}
+	x.phase(PhaseGreeted, greeted)
+
+	// The machine is still being built; the userfaultfd does not need it.
+	var made errgroup.Group
+	remote := -1
+	made.Go(func() error {
+		local, fd, err := inject.Userfaultfd(slow, q.proc.PID, inject.Options{KeepInside: true})
+		if err != nil {
+			return err
+		}
+		remote = fd
+		return local.Close() // the one inside keeps it alive
+	})
+	c, cerr := qmp.NewClient(slow, q.conn)
+	ready := time.Now()
+	if c != nil {
+		defer c.Close()
+	}
+	if err := made.Wait(); err != nil && cerr == nil {
+		return err
+	}
+	if cerr != nil {
+		return q.failed(slow, "start", cerr)
+	}
+	x.phase(PhaseReady, ready)
+	x.res.ReadyNS = ready.Sub(x.began).Nanoseconds()
+
+	loadCtx, stopLoad := context.WithTimeoutCause(ctx, x.o.LoadWithin, fmt.Errorf("%w: the state was not loaded within %v", errTooSlow, x.o.LoadWithin))
+	defer stopLoad()
+	if err := x.arm(loadCtx, c, stream, remote); err != nil {
+		return err
+	}
+	l, err := load(loadCtx, c, stream, !x.plan.Paused)
+	if err != nil {
+		return loadError(q, loadCtx, err)
+	}
+	end := l.at
+	x.phase(PhaseFed, l.at)
+	if !x.plan.Paused {
+		end = l.running
+		x.phase(PhaseRunning, l.running)
+	}
+	x.res.ResumeNS = end.Sub(ready).Nanoseconds()
+	x.res.CommandToRunningNS = end.Sub(x.began).Nanoseconds()
+	return nil
+}
+
+// stream makes the migration stream.
+func (x *run) stream(ctx context.Context) (*feed, error) {
+	state, err := x.r.DeviceState(ctx)
+	if err != nil {
+		return nil, err
+	}
+	s, err := vmstate.Stream(x.m.Machine.Type, state)
+	if err != nil {
+		return nil, problem.New(problem.Integrity, "read device state", x.m.ID, "%w", err).
+			WithHint("this checkpoint is damaged: restore another one")
+	}
+	f, err := newFeed(s)
+	if err != nil {
+		return nil, problem.New(problem.Failed, "make stream", x.m.ID, "%w", err)
+	}
+	return f, nil
+}
+
+// arm finds the memory, hands QEMU the stream, and starts the pager.
+func (x *run) arm(ctx context.Context, c *qmp.Client, stream *feed, remote int) error {
+	q := x.q
+	if v := c.Version(); olderThan(v, x.m.QEMU.Version) {
+		return problem.New(problem.Refused, "restore", x.plan.Binary, "it is QEMU %s; the checkpoint was taken on %s", v, x.m.QEMU.Version).
+			WithHint("a device state moves to newer QEMUs, not to older ones: --qemu PATH")
+	}
+	var g errgroup.Group
+	g.Go(func() error { return handFeed(ctx, c, stream) })
+	blocks, err := vm.ResolveLayout(ctx, q.proc, c, hints(x.m))
+	if herr := g.Wait(); err == nil {
+		err = herr
+	}
+	if err != nil {
+		return q.failed(ctx, "prepare", err)
+	}
+	x.phase(PhaseLayout, time.Now())
+	mp, err := planMemory(ctx, x.m, blocks, q.proc.PID, x.o.Eager)
+	if err != nil {
+		return err
+	}
+	x.res.Notes = append(x.res.Notes, mp.notes...)
+	x.res.LazyBytes, x.res.Lazy = mp.lazy, mp.lazy > 0
+	warm := x.warm
+	x.warm = nil // Start ends it if it fails
+	x.pager, err = warm.Start(ctx, pager.Config{
+		Source: x.source, QEMUPID: q.proc.PID, QEMUStart: q.proc.StartTicks, RemoteFD: remote,
+		Blocks: mp.blocks, BytesPerSecond: x.o.BytesPerSecond,
+	})
+	if err != nil {
+		if !q.proc.Alive() {
+			return q.failed(ctx, "arm", err)
+		}
+		return err
+	}
+	x.phase(PhaseArmed, time.Now())
+	return nil
+}
+
+// olderThan compares with a recorded "major.minor.micro"; an unknown one is not
+// newer.
+func olderThan(v qmp.Version, recorded string) bool {
+	var major, minor int
+	if n, _ := fmt.Sscanf(recorded, "%d.%d", &major, &minor); n != 2 {
+		return false
+	}
+	return !v.AtLeast(major, minor)
+}
+
+// drain waits until all memory is in, unless the caller does not want to.
+func (x *run) drain(ctx context.Context) error {
+	if x.o.Detach {
+		return x.pager.Detach()
+	}
+	done := make(chan error, 1)
+	go func() { done <- x.pager.Wait(ctx) }()
+	tick := time.NewTicker(progressEvery)
+	defer tick.Stop()
+	for {
+		select {
+		case <-tick.C:
+			if x.o.OnDrain != nil {
+				s := x.pager.Stats()
+				x.o.OnDrain(Progress{Bytes: x.res.LazyBytes - min(x.res.LazyBytes, uint64(max(s.LeftPages, 0))*pager.PageBytes),
+					TotalBytes: x.res.LazyBytes, Faults: s.Faults})
+			}
+		case err := <-done:
+			s := x.pager.Stats()
+			x.res.Faults = s.Faults
+			if err != nil {
+				// Whoever stopped waiting does not stop the VM.
+				if derr := x.pager.Detach(); derr != nil {
+					err = errors.Join(err, derr)
+				}
+				return err
+			}
+			now := time.Now()
+			x.phase(PhaseDrained, now)
+			x.res.DrainedNS = now.Sub(x.began).Nanoseconds()
+			return x.pager.Detach()
+		}
+	}
+}

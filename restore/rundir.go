@@ -1,0 +1,174 @@
+package restore
+
+import (
+	"encoding/json"
+	"errors"
+	"fmt"
+	"os"
+	"path/filepath"
+	"strconv"
+	"strings"
+
+	"golang.org/x/sys/unix"
+
+	"github.com/ckagent/ckagent/agent/problem"
+	"github.com/ckagent/ckagent/agent/vm"
+	"github.com/ckagent/ckagent/restore/liveness"
+)
+
+// stateName is the file in a run directory that says whose it is.
+const stateName = "state.json"
+
+// state is what a run directory says about itself.
+type state struct {
+	Checkpoint string   `json:"checkpoint"`
+	VM         string   `json:"vm"`
+	Name       string   `json:"name"`
+	BootID     string   `json:"boot_id"`
+	Restorer   identity `json:"restorer"`
+	QEMU       identity `json:"qemu"` // zero while it is being started
+}
+
+// identity is a process that cannot be mistaken for its successor.
+type identity struct {
+	PID   int    `json:"pid"`
+	Start uint64 `json:"start"` // ticks since boot
+}
+
+func (id identity) alive() bool {
+	if id.PID <= 0 {
+		return false
+	}
+	start, err := startTicks(id.PID)
+	return err == nil && (id.Start == 0 || start == id.Start)
+}
+
+// startTicks reads field 22 of /proc/PID/stat; a zombie counts as gone.
+func startTicks(pid int) (uint64, error) {
+	raw, err := os.ReadFile("/proc/" + strconv.Itoa(pid) + "/stat")
+	if err != nil {
+		return 0, err
+	}
+	n := strings.LastIndexByte(string(raw), ')')
+	f := strings.Fields(string(raw[n+1:]))
+	if n < 0 || len(f) < 20 {
+		return 0, fmt.Errorf("/proc/%d/stat: %q", pid, raw)
+	}
+	if f[0] == "Z" || f[0] == "X" {
+		return 0, unix.ESRCH
+	}
+	return strconv.ParseUint(f[19], 10, 64)
+}
+
+// runDir is the private directory of one restored VM.
+type runDir struct {
+	path  string
+	state state
+}
+
+// runDirName is the directory a restore by this process would use.
+func runDirName(root, name string) string {
+	clean := strings.Map(func(r rune) rune {
+		if r == '/' || r == ',' || r <= ' ' || r > '~' {
+			return '_'
+		}
+		return r
+	}, name)
+	if len(clean) > 100 { // a socket's path has 107 bytes
+		clean = clean[:100]
+	}
+	return filepath.Join(root, clean+"-"+strconv.Itoa(os.Getpid()))
+}
+
+// reserveRunDir makes the directory before its plan is known.
+func reserveRunDir(root, name string) (*runDir, error) {
+	if err := os.MkdirAll(root, 0o700); err != nil {
+		return nil, problem.New(problem.Failed, "make run directory", root, "%w", err)
+	}
+	base := runDirName(root, name)
+	for i := 1; ; i++ {
+		path := base
+		if i > 1 {
+			path += "." + strconv.Itoa(i)
+		}
+		err := os.Mkdir(path, 0o700)
+		if errors.Is(err, os.ErrExist) && i < 1000 {
+			continue
+		}
+		if err != nil {
+			return nil, problem.New(problem.Failed, "make run directory", path, "%w", err)
+		}
+		return &runDir{path: path}, nil
+	}
+}
+
+// save writes the state; rename makes it whole for whoever reads it.
+func (d *runDir) save() error {
+	b, err := json.MarshalIndent(&d.state, "", " ")
+	if err != nil {
+		return err
+	}
+	tmp := filepath.Join(d.path, "."+stateName)
+	if err := os.WriteFile(tmp, append(b, '\n'), 0o600); err != nil {
+		return problem.New(problem.Failed, "write", tmp, "%w", err)
+	}
+	if err := os.Rename(tmp, filepath.Join(d.path, stateName)); err != nil {
+		return problem.New(problem.Failed, "write", tmp, "%w", err)
+	}
+	return nil
+}
+
+func (d *runDir) remove() error { return os.RemoveAll(d.path) }
+
+// own makes the directory usable for the user QEMU runs as.
+func (d *runDir) own(uid, gid int) error {
+	if uid == os.Geteuid() {
+		return nil
+	}
+	return os.Chown(d.path, uid, gid)
+}
+
+// Sweep removes the run directories of VMs that are gone, and returns how many.
+// Directories of another boot cannot exist (tmpfs) unless root lies elsewhere.
+func Sweep(root string) (int, error) {
+	if root == "" {
+		root = RunRoot
+	}
+	entries, err := os.ReadDir(root)
+	if errors.Is(err, os.ErrNotExist) {
+		return 0, nil
+	}
+	if err != nil {
+		return 0, err
+	}
+	boot, err := liveness.BootID()
+	if err != nil {
+		return 0, err
+	}
+	n := 0
+	for _, e := range entries {
+		dir := filepath.Join(root, e.Name())
+		raw, err := os.ReadFile(filepath.Join(dir, stateName))
+		if err != nil || !e.IsDir() {
+			continue // not ours, or of a restore that has only begun
+		}
+		var s state
+		if json.Unmarshal(raw, &s) != nil {
+			continue
+		}
+		if s.BootID == boot && (s.QEMU.alive() || s.Restorer.alive() && s.QEMU.PID == 0) {
+			continue
+		}
+		if err := os.RemoveAll(dir); err != nil {
+			return n, err
+		}
+		n++
+	}
+	return n, nil
+}
+
+// ownsProcess makes sure that what was started is what the state will name.
+func (d *runDir) adopt(p *vm.Process) error {
+	d.state.QEMU = identity{PID: p.PID, Start: p.StartTicks}
+	return d.save()
+}
