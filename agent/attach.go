@@ -1,0 +1,154 @@
+package agent
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"regexp"
+	"strings"
+
+	"github.com/ckagent/ckagent/agent/capture"
+	"github.com/ckagent/ckagent/agent/image"
+	"github.com/ckagent/ckagent/agent/problem"
+	"github.com/ckagent/ckagent/agent/store"
+	"github.com/ckagent/ckagent/agent/vm"
+)
+
+// Options say how to attach.
+type Options struct {
+	Name string // of the VM in the store; default: QEMU's -name, else vm-PID
+	QMP  string // address of the monitor; default: found
+}
+
+// VM is a running VM that we may take checkpoints of.
+type VM struct {
+	Name   string
+	opts   Options
+	pid    int
+	lock   *vm.FileLock
+	proc   *vm.Process // held all the time, against reuse of the pid
+	target *vm.Target  // nil between checkpoints
+	// machine and qemu are as the last look at the machine found them.
+	machine image.Machine
+	qemu    image.QEMU
+}
+
+// Attach takes hold of the VM that runs as process pid. It changes nothing. What
+// cannot be protected is problem.Refused, with all reasons; a VM that another
+// ckagent works on is problem.Busy.
+func Attach(ctx context.Context, pid int, o Options) (*VM, error) {
+	proc, err := vm.OpenProcess(pid)
+	if err != nil {
+		return nil, err
+	}
+	lock, err := vm.Lock(proc)
+	if err != nil {
+		return nil, errors.Join(err, proc.Close())
+	}
+	v := &VM{opts: o, pid: pid, lock: lock, proc: proc}
+	if err := v.open(ctx); err != nil {
+		return nil, errors.Join(err, v.Close())
+	}
+	if v.Name, err = chooseName(o.Name, v.target.Name, pid); err != nil {
+		return nil, errors.Join(err, v.Close())
+	}
+	return v, nil
+}
+
+// numeric names would be taken for pids on the command line.
+var numeric = regexp.MustCompile(`^[0-9]+$`)
+
+func chooseName(asked, own string, pid int) (string, error) {
+	if asked != "" {
+		if numeric.MatchString(asked) || strings.ContainsAny(asked, "/\x00\n") {
+			return "", problem.New(problem.Usage, "attach", "name "+asked, "a name must not be a number or contain a slash")
+		}
+		return asked, nil
+	}
+	if own == "" || strings.ContainsAny(own, "/\x00\n") {
+		return fmt.Sprintf("vm-%d", pid), nil
+	}
+	if numeric.MatchString(own) {
+		return "vm-" + own, nil
+	}
+	return own, nil
+}
+
+// open connects, and looks at the machine as it is now.
+func (v *VM) open(ctx context.Context) error {
+	if v.target != nil {
+		return nil
+	}
+	t, err := vm.Open(ctx, v.pid, vm.Options{QMP: v.opts.QMP})
+	if err != nil {
+		return err
+	}
+	if t.Process.StartTicks != v.proc.StartTicks {
+		return errors.Join(problem.New(problem.NotFound, "attach", v.proc.String(), "the process ended and its pid was given to another"), t.Close())
+	}
+	if err := v.look(ctx, t); err != nil {
+		return errors.Join(err, t.Close())
+	}
+	v.target = t
+	return nil
+}
+
+// look refuses what cannot be protected, and learns the rest.
+func (v *VM) look(ctx context.Context, t *vm.Target) error {
+	if _, err := t.Layout(ctx); err != nil {
+		return err
+	}
+	refusals, err := t.Refusals(ctx)
+	if err != nil {
+		return err
+	}
+	m, err := t.Describe(ctx)
+	if err != nil {
+		return err
+	}
+	if refusals = append(refusals, m.Refusals...); len(refusals) > 0 {
+		return Refuse(t.Process.String(), refusals)
+	}
+	v.machine, v.qemu = recordMachine(t.Process, m)
+	return nil
+}
+
+// Refuse turns refusals into one error: the first as the cause, all of them
+// named.
+func Refuse(object string, refusals []vm.Refusal) error {
+	var reasons, advice []string
+	for _, r := range refusals {
+		reasons = append(reasons, fmt.Sprintf("[%s] %s: %s", r.Code, r.Object, r.Reason))
+		if r.Advice != "" {
+			advice = append(advice, r.Advice)
+		}
+	}
+	return problem.New(problem.Refused, "protect", object, "%s", strings.Join(reasons, "; ")).
+		WithHint("%s", strings.Join(advice, "; "))
+}
+
+// Checkpoint takes one checkpoint.
+func (v *VM) Checkpoint(ctx context.Context, st *store.Store, o capture.Options) (*capture.Result, error) {
+	if err := v.open(ctx); err != nil {
+		return nil, err
+	}
+	return capture.Take(ctx, capture.Subject{Target: v.target, Name: v.Name, Machine: v.machine, QEMU: v.qemu}, st, o)
+}
+
+// Rest gives the monitor back until the next checkpoint.
+func (v *VM) Rest() error {
+	t := v.target
+	v.target = nil
+	if t == nil {
+		return nil
+	}
+	return t.Close()
+}
+
+// Ended is closed when the QEMU process has ended.
+func (v *VM) Ended() <-chan struct{} { return v.proc.Done() }
+
+// Close lets go of the VM.
+func (v *VM) Close() error {
+	return errors.Join(v.Rest(), v.lock.Close(), v.proc.Close())
+}

@@ -1,0 +1,116 @@
+package capture
+
+import (
+	"context"
+	"errors"
+	"os"
+	"runtime"
+	"time"
+
+	"github.com/ckagent/ckagent/agent/capture/faultserver"
+	"github.com/ckagent/ckagent/agent/capture/source"
+	"github.com/ckagent/ckagent/agent/problem"
+)
+
+// cow is one copy-on-write capture.
+type cow struct {
+	srv *faultserver.Client
+	d   *drainer
+}
+
+// startCOW starts the fault server. Nothing is armed yet.
+func startCOW(ctx context.Context, s *session, control *os.File) (*cow, error) {
+	// One fault thread per vCPU up to two: more do not serve one queue faster.
+	faults := min(2, max(1, len(s.target.VCPUs)), runtime.NumCPU())
+	scans := max(1, min(4, runtime.NumCPU()/2))
+	pages := int(s.o.ArenaBytes / source.PageBytes)
+	srv, err := faultserver.New(ctx, faultserver.Start{
+		Self: s.o.Helper[0], Args: append(s.o.Helper[1:len(s.o.Helper):len(s.o.Helper)], FaultServerVerb),
+		Control:        control,
+		FaultRingPages: pages / 2 / faults, ScanRingPages: pages / 2 / scans,
+		Config: faultserver.Config{
+			QEMUPID: s.target.Process.PID, Blocks: s.blocks,
+			FaultThreads: faults, ScanThreads: scans,
+			// A fault waits for room at most this long; the way there and back
+			// needs the rest of the budget.
+			MaxStall:    s.o.MaxStall * 3 / 4,
+			FaultAround: faultAround, HugeAround: true, Collapse: collapseBudget,
+		},
+	})
+	if err != nil {
+		return nil, problem.New(problem.Failed, "start the fault server", s.object, "%w", err)
+	}
+	return &cow{srv: srv}, nil
+}
+
+const (
+	faultAround    = 16
+	collapseBudget = 2 * time.Second
+)
+
+// prearm takes the userfaultfd and arms RAM while the guest runs.
+func (c *cow) prearm(ctx context.Context, s *session) error {
+	if err := c.srv.Prearm(ctx); err != nil {
+		return s.captureError("arm RAM", err)
+	}
+	return nil
+}
+
+// finish scans, drains and waits until nothing is armed any more.
+func (c *cow) finish(ctx context.Context, s *session) error {
+	ctx, cancel := context.WithCancel(ctx)
+	defer cancel()
+	c.d = &drainer{w: s.writer}
+	drained := make(chan error, 1)
+	go func() { // joined below
+		err := c.d.run(ctx, c.srv.Arena())
+		if err != nil {
+			cancel() // the store failed: no use in waiting for the rest
+		}
+		drained <- err
+	}()
+	err := c.srv.Scan()
+	if err == nil {
+		err = c.srv.Wait(ctx)
+	}
+	if err != nil {
+		err = errors.Join(err, c.release(ctx))
+		cancel()
+	}
+	drainErr := <-drained
+	switch {
+	case drainErr != nil && !errors.Is(drainErr, context.Canceled):
+		return drainErr // the store's failure is the cause of whatever else there is
+	case err != nil:
+		return s.captureError("capture RAM", err)
+	}
+	return drainErr
+}
+
+// release lets go of the guest's memory; after it nothing is armed, whatever
+// happened before.
+func (c *cow) release(ctx context.Context) error {
+	ctx, cancel := context.WithTimeout(context.WithoutCancel(ctx), time.Second)
+	defer cancel()
+	return c.srv.Abort(ctx)
+}
+
+// captureError gives a fault server's failure its place in the vocabulary.
+func (s *session) captureError(op string, err error) error {
+	switch faultserver.FailureOf(err) {
+	case faultserver.Unsupported:
+		return problem.New(problem.Refused, op, s.object, "%w", err).
+			WithHint("ckagent doctor shows what is missing; modes stop and buffer work without it")
+	case faultserver.Unproven:
+		return problem.New(problem.Busy, op, s.object, "%w", err).
+			WithHint("the guest's balloon or free page reporting discards memory; it is taken again another way")
+	case faultserver.Stalled:
+		return problem.New(problem.Store, op, s.object, "%w", err).
+			WithHint("the store is too slow for what the guest writes, or hangs; allow more memory or a longer stall")
+	}
+	code := problem.Failed
+	if errors.Is(err, context.Canceled) {
+		code = problem.Cancelled
+	}
+	return problem.New(code, op, s.object, "%w", err)
+}

@@ -1,0 +1,115 @@
+package capture
+
+import (
+	"fmt"
+	"time"
+
+	"github.com/ckagent/ckagent/agent/problem"
+)
+
+// Mode says what happens to RAM while the VM is stopped.
+type Mode string
+
+const (
+	Auto   Mode = "auto"   // cow where all RAM can be write-protected, else stop
+	Stop   Mode = "stop"   // write it
+	Buffer Mode = "buffer" // copy it to memory
+	COW    Mode = "cow"    // write-protect it
+)
+
+// Engine says how a copy-on-write capture gets at old contents.
+type Engine string
+
+const (
+	EngineAuto Engine = "auto" // the best one proven on this host
+	EngineUffd Engine = "uffd" // userfaultfd write protection
+	EngineNone Engine = "none" // recorded for modes that need none
+)
+
+// Options of one checkpoint. Zero values mean the defaults.
+type Options struct {
+	Mode     Mode
+	Engine   Engine
+	Compress string // none, s2 or zstd
+
+	// MaxStall bounds how long a vCPU may wait for us. Default 100 ms.
+	MaxStall time.Duration
+	// ArenaBytes bounds the memory for pages on their way to the store in mode
+	// cow. Default 160 MiB.
+	ArenaBytes uint64
+	// BufferBytes bounds the memory of mode buffer. Default: half of what is available.
+	BufferBytes uint64
+	// MinFreeBytes is what the checkpoint must leave free in the store.
+	MinFreeBytes uint64
+
+	// Helper is the command line that starts a helper process of ours: the verb
+	// is appended. Default: this very binary.
+	Helper []string
+
+	// Progress, if not nil, is told about each step, from the caller's goroutine.
+	Progress func(Event)
+}
+
+// Event is one step of a checkpoint.
+type Event struct {
+	Step   string // attach, prearm, stop, resume, drain, retake, commit
+	Detail string
+	Took   time.Duration // of the step that ended, if one did
+}
+
+const (
+	defaultMaxStall = 100 * time.Millisecond
+	defaultArena    = 160 << 20
+	minArena        = 16 << 20
+	maxArena        = 224 << 20 // the fault server stays below 256 MiB
+)
+
+func (o Options) withDefaults() (Options, error) {
+	if o.Mode == "" {
+		o.Mode = Auto
+	}
+	if o.Engine == "" {
+		o.Engine = EngineAuto
+	}
+	if o.Compress == "" {
+		o.Compress = "none"
+	}
+	if o.MaxStall == 0 {
+		o.MaxStall = defaultMaxStall
+	}
+	if o.ArenaBytes == 0 {
+		o.ArenaBytes = defaultArena
+	}
+	usage := func(format string, args ...any) error {
+		return problem.New(problem.Usage, "checkpoint", "", format, args...)
+	}
+	switch o.Mode {
+	case Auto, Stop, Buffer, COW:
+	case "tlc", "mtd", "replicate":
+		return o, problem.New(problem.Refused, "checkpoint", "", "mode %q is not in this version", o.Mode).
+			WithHint("use stop, buffer or cow")
+	default:
+		return o, usage("mode %q: want auto, stop, buffer or cow", o.Mode)
+	}
+	switch o.Engine {
+	case EngineAuto, EngineUffd:
+	case "bpf":
+		return o, problem.New(problem.Refused, "checkpoint", "", "engine %q is not in this version", o.Engine).
+			WithHint("use uffd")
+	default:
+		return o, usage("engine %q: want auto or uffd", o.Engine)
+	}
+	if o.MaxStall < time.Millisecond || o.MaxStall > 10*time.Second {
+		return o, usage("longest stall %v: want 1ms to 10s", o.MaxStall)
+	}
+	if o.ArenaBytes < minArena || o.ArenaBytes > maxArena {
+		return o, usage("capture memory of %d bytes: want %d to %d", o.ArenaBytes, minArena, maxArena)
+	}
+	return o, nil
+}
+
+func (o *Options) tell(step string, took time.Duration, format string, args ...any) {
+	if o.Progress != nil {
+		o.Progress(Event{Step: step, Detail: fmt.Sprintf(format, args...), Took: took})
+	}
+}

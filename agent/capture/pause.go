@@ -1,0 +1,240 @@
+package capture
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"os"
+	"time"
+
+	"golang.org/x/sys/unix"
+
+	"github.com/ckagent/ckagent/agent/problem"
+	"github.com/ckagent/ckagent/agent/qmp"
+)
+
+// journal is where the pause is written down before it happens, so that somebody
+// else can end it if we cannot.
+type journal interface {
+	Stopping() // a running VM is about to be stopped by us
+	Resumed()  // it runs again, or we never stopped it
+}
+
+// pause stops the VM for one instant. Everything it needs is prepared before:
+// the commands are encoded, the device state has a file to go to, the events are
+// subscribed to.
+type pause struct {
+	q                *qmp.Client
+	stop, save, cont *qmp.Request
+	events           *qmp.Subscription
+	journal          journal
+	state            *os.File // memfd with the device state
+	fdset            int
+	object           string
+}
+
+// Timing is what a pause took.
+type Timing struct {
+	PauseNS       int64 // STOP event to RESUME event, by QEMU's clock; 0 if the VM was paused before
+	StopNS        int64 // sending stop to its reply
+	DeviceStateNS int64 // stop's reply to the device state's
+	InsideNS      int64 // what the mode did
+	ContNS        int64 // sending cont to its reply
+	At            time.Time
+	WasRunning    bool // and so was resumed
+}
+
+const (
+	resumeTimeout = 5 * time.Second // for cont, which must not depend on a cancelled context
+	pauseTimeout  = 30 * time.Second
+)
+
+// newPause prepares. The caller closes it.
+func newPause(ctx context.Context, q *qmp.Client, object string, j journal) (p *pause, err error) {
+	p = &pause{q: q, journal: j, fdset: -1, object: object}
+	defer func() {
+		if err != nil {
+			err = errors.Join(err, p.close(ctx))
+		}
+	}()
+	fd, err := unix.MemfdCreate("ckagent-device-state", unix.MFD_CLOEXEC)
+	if err != nil {
+		return p, fmt.Errorf("memory for the device state: %w", err)
+	}
+	p.state = os.NewFile(uintptr(fd), "device state")
+	// QEMU takes a descriptor of a set only if it was opened exactly as it would
+	// open the file itself: write only.
+	w, err := os.OpenFile(fmt.Sprintf("/proc/self/fd/%d", fd), os.O_WRONLY, 0)
+	if err != nil {
+		return p, fmt.Errorf("reopen the device state's memory: %w", err)
+	}
+	defer w.Close()
+	var set struct {
+		ID int `json:"fdset-id"`
+	}
+	if err := q.ExecuteFD(ctx, "add-fd", map[string]string{"opaque": "ckagent"}, &set, w); err != nil {
+		return p, err
+	}
+	p.fdset = set.ID
+	if p.stop, err = qmp.Encode("stop", nil); err != nil {
+		return p, err
+	}
+	if p.cont, err = qmp.Encode("cont", nil); err != nil {
+		return p, err
+	}
+	// live:false, or the image locks would be dropped.
+	p.save, err = qmp.Encode("xen-save-devices-state",
+		map[string]any{"filename": fmt.Sprintf("/dev/fdset/%d", set.ID), "live": false})
+	if err != nil {
+		return p, err
+	}
+	p.events = q.Subscribe(64, "STOP", "RESUME")
+	return p, nil
+}
+
+func (p *pause) close(ctx context.Context) error {
+	var errs []error
+	if p.events != nil {
+		p.events.Close()
+	}
+	if p.fdset >= 0 {
+		ctx, cancel := context.WithTimeout(context.WithoutCancel(ctx), resumeTimeout)
+		defer cancel()
+		err := p.q.Execute(ctx, "remove-fd", map[string]int{"fdset-id": p.fdset}, nil)
+		// The set vanishes by itself once the state was written to it.
+		if _, refused := errors.AsType[*qmp.Error](err); err != nil && !refused {
+			errs = append(errs, err)
+		}
+	}
+	if p.state != nil {
+		errs = append(errs, p.state.Close())
+	}
+	return errors.Join(errs...)
+}
+
+// run stops the VM, saves the device state, calls inside, and lets the VM run
+// again if it ran before. A VM that somebody else had paused stays paused.
+func (p *pause) run(ctx context.Context, inside func(context.Context) error) (tm Timing, err error) {
+	for len(p.events.C()) > 0 {
+		<-p.events.C()
+	}
+	if err := p.state.Truncate(0); err != nil {
+		return tm, err
+	}
+	ctx, cancel := context.WithTimeout(ctx, pauseTimeout)
+	defer cancel()
+	begin := time.Now()
+	tm.At = begin.UTC()
+	p.journal.Stopping()
+	calls, err := p.q.Send(p.stop, p.save)
+	if err != nil {
+		// Part of it may be on the wire: resume says whether there is anything
+		// to put right.
+		return tm, errors.Join(p.failed("stop", err), p.resume(ctx, &tm, true))
+	}
+	err = calls[0].Wait(ctx, nil)
+	if err != nil {
+		return tm, errors.Join(p.failed("stop", err), p.resume(ctx, &tm, true))
+	}
+	stopped := calls[0].Done()
+	tm.StopNS = stopped.Sub(begin).Nanoseconds()
+	// QEMU announces STOP before it answers. No announcement: somebody else had
+	// stopped it, and it is not ours to resume.
+	stopEvent, ours := p.event("STOP")
+	if tm.WasRunning = ours; !ours {
+		p.journal.Resumed()
+	}
+	if err = calls[1].Wait(ctx, nil); err != nil {
+		err = p.failed("save the device state", err)
+	} else {
+		saved := calls[1].Done()
+		tm.DeviceStateNS = saved.Sub(stopped).Nanoseconds()
+		err = inside(ctx)
+		tm.InsideNS = time.Since(saved).Nanoseconds()
+	}
+	if !ours {
+		return tm, err
+	}
+	err = errors.Join(err, p.resume(ctx, &tm, false))
+	if resume, ok := p.awaitEvent(ctx, "RESUME"); ok {
+		tm.PauseNS = resume.Timestamp.Sub(stopEvent.Timestamp).Nanoseconds()
+	}
+	return tm, err
+}
+
+// resume sends cont. With check, it is not known whether QEMU stopped at all, or
+// whether it was us who stopped it; then the journal stays as it is if QEMU does
+// not answer, and the guardian decides.
+func (p *pause) resume(ctx context.Context, tm *Timing, check bool) error {
+	ctx, cancel := context.WithTimeout(context.WithoutCancel(ctx), resumeTimeout)
+	defer cancel()
+	if check {
+		if _, ours := p.event("STOP"); !ours {
+			var status struct {
+				Running bool `json:"running"`
+			}
+			if err := p.q.Execute(ctx, "query-status", nil, &status); err != nil {
+				return p.failed("resume", err)
+			}
+			if _, ours := p.event("STOP"); status.Running || !ours {
+				p.journal.Resumed()
+				return nil
+			}
+		}
+	}
+	begin := time.Now()
+	calls, err := p.q.Send(p.cont)
+	if err == nil {
+		err = calls[0].Wait(ctx, nil)
+	}
+	if err != nil {
+		return p.failed("resume", err)
+	}
+	p.journal.Resumed()
+	tm.ContNS = calls[0].Done().Sub(begin).Nanoseconds()
+	return nil
+}
+
+func (p *pause) failed(op string, err error) error {
+	code := problem.Failed
+	if errors.Is(err, context.Canceled) {
+		code = problem.Cancelled
+	}
+	return problem.New(code, op, p.object, "%w", err)
+}
+
+// event takes the first event of this name that has arrived.
+func (p *pause) event(name string) (qmp.Event, bool) {
+	for {
+		select {
+		case e, open := <-p.events.C():
+			if !open {
+				return qmp.Event{}, false
+			}
+			if e.Name == name {
+				return e, true
+			}
+		default:
+			return qmp.Event{}, false
+		}
+	}
+}
+
+// awaitEvent waits for the next event of this name.
+func (p *pause) awaitEvent(ctx context.Context, name string) (qmp.Event, bool) {
+	ctx, cancel := context.WithTimeout(context.WithoutCancel(ctx), time.Second)
+	defer cancel()
+	for {
+		select {
+		case e, open := <-p.events.C():
+			if !open {
+				return qmp.Event{}, false
+			}
+			if e.Name == name {
+				return e, true
+			}
+		case <-ctx.Done():
+			return qmp.Event{}, false
+		}
+	}
+}

@@ -1,0 +1,291 @@
+package capture
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"os"
+	"time"
+
+	"github.com/ckagent/ckagent/agent/capture/faultserver"
+	"github.com/ckagent/ckagent/agent/capture/source"
+	"github.com/ckagent/ckagent/agent/image"
+	"github.com/ckagent/ckagent/agent/problem"
+	"github.com/ckagent/ckagent/agent/store"
+	"github.com/ckagent/ckagent/agent/vm"
+)
+
+// FaultServerVerb is the hidden verb of Options.Helper that leads to
+// faultserver.Main; the guardian has its own.
+const FaultServerVerb = "__faultserver"
+
+// Subject is what to take a checkpoint of.
+type Subject struct {
+	Target  *vm.Target // open, its layout resolved
+	Name    string     // of the VM in the store
+	Machine image.Machine
+	QEMU    image.QEMU
+}
+
+// Result is a checkpoint that exists.
+type Result struct {
+	Manifest *image.Manifest
+	Timing   Timing
+	Capture  faultserver.Stats // mode cow
+	Retaken  []string          // why earlier attempts were discarded
+	PID      int
+}
+
+// Take takes one checkpoint. The VM runs on as before whatever it returns; an
+// error means that there is no new checkpoint. Codes: problem.Refused, .Store,
+// .Busy (try again), .Cancelled, .Failed.
+func Take(ctx context.Context, sub Subject, st *store.Store, o Options) (*Result, error) {
+	o, err := o.withDefaults()
+	if err != nil {
+		return nil, err
+	}
+	if len(o.Helper) == 0 {
+		self, err := os.Executable()
+		if err != nil {
+			return nil, fmt.Errorf("find our own binary: %w", err)
+		}
+		o.Helper = []string{self}
+	}
+	mode, err := chooseMode(sub.Target.Blocks, o.Mode)
+	if err != nil {
+		return nil, err
+	}
+	res := &Result{PID: sub.Target.Process.PID}
+	// A capture that cannot be proved is discarded. A second try meets a quieter
+	// guest; the last one needs no proof, because the guest stands still.
+	for _, m := range attempts(mode, o.Mode) {
+		s := &session{sub: sub, target: sub.Target, o: o, mode: m, store: st, res: res,
+			object: fmt.Sprintf("VM %s (pid %d)", sub.Name, sub.Target.Process.PID)}
+		err = s.take(ctx)
+		if err == nil {
+			return res, nil
+		}
+		var failure *faultserver.Error
+		if !errors.As(err, &failure) || failure.Failure != faultserver.Unproven {
+			break
+		}
+		res.Retaken = append(res.Retaken, failure.Error())
+		o.tell("retake", 0, "%v", failure)
+	}
+	if gone := sub.Target.Process.Check(); gone != nil {
+		err = errors.Join(gone, err)
+	}
+	return nil, err
+}
+
+// attempts lists the modes to try in turn.
+func attempts(mode, asked Mode) []Mode {
+	if mode != COW {
+		return []Mode{mode}
+	}
+	if asked == COW {
+		return []Mode{COW, COW, Buffer}
+	}
+	return []Mode{COW, COW, Buffer, Stop}
+}
+
+// chooseMode settles auto, and refuses a mode that the VM's RAM does not allow.
+func chooseMode(blocks []vm.RAMBlock, asked Mode) (Mode, error) {
+	for i := range blocks {
+		b := &blocks[i]
+		if b.PageBytes != source.PageBytes {
+			return "", problem.New(problem.Refused, "checkpoint", "RAMBlock "+b.Name, "its pages are %d bytes", b.PageBytes).
+				WithHint("huge page RAM is not supported in this version; use 4 KiB pages, transparent huge pages included")
+		}
+		if asked != Auto && asked != COW {
+			continue
+		}
+		if ok, why := b.CanWriteProtect(); !ok {
+			if asked == Auto {
+				return Stop, nil
+			}
+			return "", problem.New(problem.Refused, "checkpoint", "RAMBlock "+b.Name, "cannot be write-protected: %s", why).
+				WithHint("use mode stop, or give the VM its RAM on tmpfs, a memfd or anonymous memory")
+		}
+	}
+	if asked == Auto {
+		return COW, nil
+	}
+	return asked, nil
+}
+
+// Choose says which mode and engine a VM gets by itself, and why not the best.
+func Choose(blocks []vm.RAMBlock) (Mode, Engine, string) {
+	if _, err := chooseMode(blocks, COW); err != nil {
+		return Stop, EngineNone, err.Error()
+	}
+	return COW, EngineUffd, ""
+}
+
+// session is one attempt.
+type session struct {
+	sub    Subject
+	target *vm.Target
+	o      Options
+	mode   Mode
+	store  *store.Store
+	object string
+	res    *Result
+
+	src    *source.Source
+	blocks []source.Block
+	writer *image.Writer
+}
+
+// take runs one attempt from nothing to a committed checkpoint or to nothing.
+func (s *session) take(ctx context.Context) (err error) {
+	begin := time.Now()
+	var ram uint64
+	blocks := imageBlocks(s.target.Blocks)
+	for i, b := range blocks {
+		ram += b.UsedBytes
+		s.blocks = append(s.blocks, sourceBlock(&s.target.Blocks[i]))
+	}
+	if s.src, err = source.Open(s.target.Process.PID, s.blocks); err != nil {
+		return problem.New(problem.Failed, "read RAM", s.object, "%w", err)
+	}
+	defer func() { err = errors.Join(err, s.src.Close()) }()
+	need, err := s.neededBytes()
+	if err != nil {
+		return err
+	}
+	if err := s.store.CheckSpace(need, s.o.MinFreeBytes); err != nil {
+		return err
+	}
+	before, err := s.fingerprint(ctx)
+	if err != nil {
+		return err
+	}
+	txn, err := s.store.Begin(ctx, s.sub.Name)
+	if err != nil {
+		return err
+	}
+	committed := false
+	defer func() {
+		if !committed {
+			err = errors.Join(err, txn.Abort())
+		}
+	}()
+	if s.writer, err = image.NewWriter(txn.Dir(), blocks, image.WriterOptions{Compress: s.o.Compress}); err != nil {
+		return err
+	}
+	finished := false
+	defer func() {
+		if !finished {
+			s.writer.Abort()
+		}
+	}()
+	hot, err := s.capture(ctx)
+	if err != nil {
+		return err
+	}
+	if after, err := s.fingerprint(ctx); err != nil {
+		return err
+	} else if after != before {
+		return problem.New(problem.Busy, "checkpoint", s.object, "the machine's devices or memory changed while it was taken").
+			WithHint("take it again")
+	}
+	s.o.tell("commit", 0, "making it durable")
+	finished = true
+	sum, err := s.writer.Finish(ctx)
+	if err != nil {
+		return err
+	}
+	m := s.manifest(sum, hot, time.Since(begin))
+	if err := txn.Commit(ctx, m); err != nil {
+		return err
+	}
+	committed = true
+	s.res.Manifest = m
+	return nil
+}
+
+// neededBytes estimates what the checkpoint will store: the pages with content
+// now, their entries and the device state.
+func (s *session) neededBytes() (uint64, error) {
+	var need uint64 = 16 << 20
+	for i := range s.src.Blocks() {
+		runs, err := s.src.Runs(i, 0, s.blocks[i].Pages, nil)
+		if err != nil {
+			return 0, problem.New(problem.Failed, "read RAM", s.object, "%w", err)
+		}
+		for _, r := range runs {
+			need += r.Pages * 16
+			if !r.Zero {
+				need += r.Pages * source.PageBytes
+			}
+		}
+	}
+	return need, nil
+}
+
+// capture gets RAM and device state of one instant into the image and returns
+// the pages the guest wrote first afterwards.
+func (s *session) capture(ctx context.Context) (hot image.HotRuns, err error) {
+	w, err := startWatch(ctx, s)
+	if err != nil {
+		return nil, err
+	}
+	defer func() { err = errors.Join(err, w.close(ctx)) }()
+
+	var inside func(context.Context) error
+	var after func(context.Context) error
+	switch s.mode {
+	case COW:
+		begin := time.Now()
+		if err := w.cow.prearm(ctx, s); err != nil {
+			return nil, err
+		}
+		s.o.tell("prearm", time.Since(begin), "RAM is protected, the guest runs")
+		inside = func(ctx context.Context) error {
+			if err := w.cow.srv.Freeze(ctx); err != nil {
+				return s.captureError("freeze RAM", err)
+			}
+			return nil
+		}
+		after = func(ctx context.Context) error {
+			err := w.cow.finish(ctx, s)
+			s.res.Capture = w.cow.srv.Stats()
+			if w.cow.d != nil {
+				hot = w.cow.d.hot
+			}
+			return err
+		}
+	case Buffer:
+		buf, err := newPageBuffer(s.src, s.o.BufferBytes)
+		if err != nil {
+			return nil, err
+		}
+		defer buf.free()
+		inside = func(ctx context.Context) error { return buf.fill(ctx, s.src) }
+		after = func(ctx context.Context) error { return buf.write(ctx, s.writer) }
+	default:
+		inside = func(ctx context.Context) error { return writeDirect(ctx, s.src, s.writer) }
+		after = func(context.Context) error { return nil }
+	}
+	if _, err := s.target.FlushDisks(ctx); err != nil {
+		return nil, err
+	}
+	p, err := newPause(ctx, s.target.QMP, s.object, w)
+	if err != nil {
+		return nil, err
+	}
+	defer func() { err = errors.Join(err, p.close(ctx)) }()
+	if err := w.healthy(); err != nil {
+		return nil, err
+	}
+	if s.res.Timing, err = p.run(ctx, inside); err != nil {
+		return nil, err
+	}
+	s.o.tell("resume", time.Duration(s.res.Timing.PauseNS), "the guest runs again")
+	if err := s.writer.WriteDeviceState(p.state); err != nil {
+		return nil, err
+	}
+	err = after(ctx)
+	return hot, err
+}

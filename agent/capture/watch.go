@@ -1,0 +1,118 @@
+package capture
+
+import (
+	"context"
+	"errors"
+	"os"
+	"sync"
+	"time"
+
+	"github.com/ckagent/ckagent/agent/guardian"
+	"github.com/ckagent/ckagent/agent/problem"
+)
+
+// watch is everything that keeps the VM safe while we hold it: the control page,
+// the guardian, our own heartbeat, and in mode cow the fault server. It is the
+// pause's journal.
+type watch struct {
+	control *guardian.Control
+	page    *os.File
+	guard   *guardian.Guardian
+	cow     *cow // nil in other modes
+
+	beat sync.WaitGroup
+	stop chan struct{}
+}
+
+// startWatch starts the helper processes. Nothing has been done to the VM yet.
+func startWatch(ctx context.Context, s *session) (w *watch, err error) {
+	w = &watch{stop: make(chan struct{})}
+	defer func() {
+		if err != nil {
+			err = errors.Join(err, w.close(ctx))
+		}
+	}()
+	fail := func(err error) error {
+		return problem.New(problem.Failed, "start the watch", s.object, "%w", err)
+	}
+	if w.control, w.page, err = guardian.CreateControl(); err != nil {
+		return w, fail(err)
+	}
+	serverPID := 0
+	if s.mode == COW {
+		if w.cow, err = startCOW(ctx, s, w.page); err != nil {
+			return w, err
+		}
+		serverPID = w.cow.srv.PID()
+	}
+	socket, err := s.target.QMP.DupFile()
+	if err != nil {
+		return w, fail(err)
+	}
+	defer socket.Close()
+	w.guard, err = guardian.Start(ctx, guardian.Config{
+		Self: s.o.Helper[0], Args: append(s.o.Helper[1:len(s.o.Helper):len(s.o.Helper)], guardian.Verb),
+		Control: w.page, QEMU: s.target.Process, QMP: socket, Endpoint: s.target.Endpoint,
+		FaultServerPID: serverPID, ServerStall: max(s.o.MaxStall, guardian.DefaultServerStall),
+		Stderr: os.Stderr,
+	})
+	if err != nil {
+		return w, err
+	}
+	w.control.BeatAgent()
+	w.beat.Go(w.beating)
+	w.control.Engaged.Store(1)
+	return w, nil
+}
+
+// beating leaves our sign of life until the watch is closed.
+func (w *watch) beating() {
+	tick := time.NewTicker(guardian.BeatEvery)
+	defer tick.Stop()
+	for {
+		select {
+		case <-tick.C:
+			w.control.BeatAgent()
+		case <-w.stop:
+			return
+		}
+	}
+}
+
+// healthy refuses to stop a VM that nobody could resume for us.
+func (w *watch) healthy() error { return w.guard.Check() }
+
+// Stopping and Resumed are the pause's journal. The order of the two stores
+// matters to whoever reads them in between: Stopped means something only with
+// Running.
+func (w *watch) Stopping() {
+	w.control.Running.Store(1)
+	w.control.Stopped.Store(1)
+}
+
+func (w *watch) Resumed() {
+	w.control.Stopped.Store(0)
+	w.control.Running.Store(0)
+}
+
+// close ends the helpers. What might still be armed is released first, and while
+// the guardian watches.
+func (w *watch) close(ctx context.Context) error {
+	ctx = context.WithoutCancel(ctx)
+	var errs []error
+	if w.cow != nil {
+		errs = append(errs, w.cow.srv.Close())
+	}
+	if w.control != nil {
+		w.control.Engaged.Store(0)
+	}
+	close(w.stop)
+	w.beat.Wait()
+	if w.guard != nil {
+		errs = append(errs, w.guard.Stop(ctx))
+	}
+	if w.control != nil {
+		errs = append(errs, w.control.Close(), w.page.Close())
+	}
+	return errors.Join(errs...)
+}

@@ -1,0 +1,15 @@
+package image
+
+// Names in Machine.Facts that whoever takes a checkpoint records and a restore
+// looks at: who the VM was, and whether its guest ran. All are optional; without
+// them the search for a living original goes by name, UUID, sockets and images.
+const (
+	FactQEMUPID   = "qemu_pid"
+	FactQEMUStart = "qemu_start_ticks"
+	FactBootID    = "boot_id"
+	FactGuestRuns = "guest_running" // "false": it was paused when the checkpoint was taken
+	FactManager   = "manager"       // libvirt, proxmox: who started it
+)
+
+// RedactedMark stands in a recorded command line where a secret was.
+const RedactedMark = "[redacted]"

@@ -1,0 +1,65 @@
+package agent
+
+import (
+	"context"
+	"errors"
+	"time"
+
+	"github.com/ckagent/ckagent/agent/capture"
+	"github.com/ckagent/ckagent/agent/problem"
+	"github.com/ckagent/ckagent/agent/store"
+)
+
+// Protection says how often to take checkpoints and how many to keep.
+type Protection struct {
+	Interval time.Duration
+	KeepLast int
+	Capture  capture.Options
+	// Taken is told about each checkpoint, Failed about each that did not
+	// succeed and will be tried again.
+	Taken  func(*capture.Result)
+	Failed func(error)
+}
+
+// Protect takes checkpoints at the interval until ctx ends or the VM does. A
+// failed checkpoint is reported and tried again at the next turn; only what can
+// never succeed ends it.
+func (v *VM) Protect(ctx context.Context, st *store.Store, p Protection) error {
+	timer := time.NewTimer(0)
+	defer timer.Stop()
+	for {
+		select {
+		case <-ctx.Done():
+			return ctx.Err()
+		case <-v.Ended():
+			return problem.New(problem.NotFound, "protect", "VM "+v.Name, "its QEMU process has ended").
+				WithHint("ckagent restore %s brings its last checkpoint back", v.Name)
+		case <-timer.C:
+		}
+		next := time.Now().Add(p.Interval)
+		err := v.turn(ctx, st, p)
+		switch {
+		case err == nil:
+		case ctx.Err() != nil:
+			return errors.Join(ctx.Err(), err)
+		case problem.Is(err, problem.Refused), problem.Is(err, problem.Usage), problem.Is(err, problem.NotFound):
+			return err
+		default:
+			p.Failed(err)
+		}
+		timer.Reset(max(0, time.Until(next)))
+	}
+}
+
+// turn takes one checkpoint, drops what is beyond the count, and gives the
+// monitor back.
+func (v *VM) turn(ctx context.Context, st *store.Store, p Protection) error {
+	res, err := v.Checkpoint(ctx, st, p.Capture)
+	if err == nil {
+		p.Taken(res)
+		if p.KeepLast > 0 {
+			_, err = st.ApplyRetention(ctx, v.Name, p.KeepLast)
+		}
+	}
+	return errors.Join(err, v.Rest())
+}

@@ -1,0 +1,166 @@
+package main
+
+import (
+	"errors"
+	"fmt"
+	"strconv"
+	"time"
+
+	"github.com/spf13/cobra"
+
+	"github.com/ckagent/ckagent/agent"
+	"github.com/ckagent/ckagent/agent/capture"
+	"github.com/ckagent/ckagent/agent/store"
+)
+
+// captureFlags are the flags of every verb that takes checkpoints.
+type captureFlags struct {
+	store      string
+	name, qmp  string
+	mode       string
+	engine     string
+	compress   string
+	keepLast   int
+	minFree    sizeValue
+	maxStall   time.Duration
+	captureMem sizeValue
+	bufferMem  sizeValue
+}
+
+func (f *captureFlags) add(c *cobra.Command) {
+	storeFlag(c, &f.store)
+	fl := c.Flags()
+	fl.StringVar(&f.name, "name", "", "name of the VM in the store (default: QEMU's -name)")
+	fl.StringVar(&f.qmp, "qmp", "", "address of the QMP monitor (default: found from the process)")
+	fl.StringVar(&f.mode, "mode", "auto", "auto, stop, buffer or cow")
+	fl.StringVar(&f.engine, "engine", "auto", "capture engine of mode cow: auto or uffd")
+	fl.StringVar(&f.compress, "compress", "none", "none, s2 or zstd")
+	fl.IntVar(&f.keepLast, "keep-last", 4, "delete the VM's checkpoints beyond this many (0: keep all)")
+	fl.Var(&f.minFree, "min-free", "space to leave free in the store")
+	fl.DurationVar(&f.maxStall, "max-stall", 100*time.Millisecond, "longest time a vCPU may wait for us")
+	fl.Var(&f.captureMem, "capture-memory", "memory for pages on their way to the store in mode cow (default 160M)")
+	fl.Var(&f.bufferMem, "buffer-memory", "limit of mode buffer (default: half of the available memory)")
+}
+
+func (f *captureFlags) options(a *app) (capture.Options, error) {
+	if f.keepLast < 0 {
+		return capture.Options{}, usageError("--keep-last %d: want 0 or more", f.keepLast)
+	}
+	return capture.Options{
+		Mode: capture.Mode(f.mode), Engine: capture.Engine(f.engine), Compress: f.compress,
+		MaxStall: f.maxStall, MinFreeBytes: uint64(f.minFree),
+		ArenaBytes: uint64(f.captureMem), BufferBytes: uint64(f.bufferMem),
+		Progress: func(e capture.Event) { a.log.Debug(e.Step, "detail", e.Detail, "took", e.Took) },
+	}, nil
+}
+
+func newCheckpointCommand(a *app) *cobra.Command {
+	var f captureFlags
+	c := &cobra.Command{
+		Use: "checkpoint QEMU-PID", Short: "Take one checkpoint of a running VM", Args: exactArgs(1, "the pid of a QEMU process"),
+		RunE: func(c *cobra.Command, args []string) error { return runCheckpoint(c, a, &f, args[0]) },
+	}
+	f.add(c)
+	return c
+}
+
+func parsePID(s string) (int, error) {
+	pid, err := strconv.Atoi(s)
+	if err != nil || pid <= 0 {
+		return 0, usageError("%q is no pid; VMs by name need the daemon", s)
+	}
+	return pid, nil
+}
+
+func runCheckpoint(c *cobra.Command, a *app, f *captureFlags, arg string) (err error) {
+	pid, err := parsePID(arg)
+	if err != nil {
+		return err
+	}
+	o, err := f.options(a)
+	if err != nil {
+		return err
+	}
+	ctx := c.Context()
+	st, err := store.Open(f.store)
+	if err != nil {
+		return err
+	}
+	v, err := agent.Attach(ctx, pid, agent.Options{Name: f.name, QMP: f.qmp})
+	if err != nil {
+		return err
+	}
+	defer func() { err = errors.Join(err, v.Close()) }()
+	res, err := v.Checkpoint(ctx, st, o)
+	if err != nil {
+		return err
+	}
+	if f.keepLast > 0 {
+		if _, err := st.ApplyRetention(ctx, v.Name, f.keepLast); err != nil {
+			return err
+		}
+	}
+	a.printCheckpoint(res)
+	return nil
+}
+
+// checkpointResult is what a new checkpoint is reported as.
+type checkpointResult struct {
+	Schema        string   `json:"schema"`
+	ID            string   `json:"id"`
+	VM            string   `json:"vm"`
+	QEMUPID       int      `json:"qemu_pid"`
+	Mode          string   `json:"mode"`
+	Engine        string   `json:"engine"`
+	Parent        string   `json:"parent"`
+	RAMBytes      uint64   `json:"ram_bytes"`
+	PageBytes     uint64   `json:"page_bytes"`
+	Pages         uint64   `json:"pages"`
+	ZeroPages     uint64   `json:"zero_pages"`
+	CapturedPages uint64   `json:"captured_pages"`
+	StoredBytes   uint64   `json:"stored_bytes"`
+	PauseNS       int64    `json:"pause_ns"`
+	ArmNS         int64    `json:"arm_ns"`
+	DeviceStateNS int64    `json:"device_state_ns"`
+	TotalNS       int64    `json:"total_ns"`
+	StopNS        int64    `json:"stop_ns"`
+	ContNS        int64    `json:"cont_ns"`
+	PrearmNS      int64    `json:"prearm_ns"`
+	ScanNS        int64    `json:"scan_ns"`
+	ReleaseNS     int64    `json:"release_ns"`
+	Faults        uint64   `json:"faults"`
+	FaultP50NS    int64    `json:"fault_p50_ns"`
+	FaultP99NS    int64    `json:"fault_p99_ns"`
+	FaultMaxNS    int64    `json:"fault_max_ns"`
+	RearmedRuns   int      `json:"rearmed_runs"`
+	TrackedFaults uint64   `json:"tracked_faults"`
+	HugeBefore    int      `json:"huge_pages_before"`
+	HugeSplit     int      `json:"huge_pages_split"`
+	HugeCollapsed int      `json:"huge_pages_collapsed"`
+	Retaken       []string `json:"retaken"`
+}
+
+func (a *app) printCheckpoint(res *capture.Result) {
+	m, st := res.Manifest, res.Capture
+	r := checkpointResult{
+		Schema: schema("checkpoint"), ID: m.ID, VM: m.VM, QEMUPID: res.PID, Mode: m.Mode, Engine: m.Engine, Parent: m.Parent,
+		RAMBytes: m.Stats.RAMBytes, PageBytes: m.Blocks[0].PageBytes, Pages: m.Stats.Pages, ZeroPages: m.Stats.ZeroPages,
+		CapturedPages: m.Stats.CapturedPages, StoredBytes: m.Stats.StoredBytes,
+		PauseNS: m.Stats.PauseNS, ArmNS: m.Stats.ArmNS, DeviceStateNS: m.Stats.DeviceStateNS, TotalNS: m.Stats.TotalNS,
+		StopNS: res.Timing.StopNS, ContNS: res.Timing.ContNS, PrearmNS: st.PrearmNS, ScanNS: st.ScanNS, ReleaseNS: st.ReleaseNS,
+		Faults: st.Faults, FaultP50NS: st.FaultP50NS, FaultP99NS: st.FaultP99NS, FaultMaxNS: st.FaultMaxNS,
+		RearmedRuns: st.FreezeRuns, TrackedFaults: st.TrackedFaults,
+		HugeBefore: st.HugeBefore, HugeSplit: st.HugeSplit, HugeCollapsed: st.HugeCollapsed,
+		Retaken: res.Retaken,
+	}
+	if r.Retaken == nil {
+		r.Retaken = []string{}
+	}
+	if a.json {
+		a.print("checkpoint", r)
+		return
+	}
+	fmt.Fprintf(a.out, "%s of VM %s: mode %s, pause %s (device state %s), total %s, %s RAM, %s stored, %d pages by %d faults\n",
+		r.ID, r.VM, r.Mode, durationText(time.Duration(r.PauseNS)), durationText(time.Duration(r.DeviceStateNS)),
+		durationText(time.Duration(r.TotalNS)), sizeText(r.RAMBytes), sizeText(r.StoredBytes), r.CapturedPages, r.Faults)
+}

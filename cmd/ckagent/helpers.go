@@ -1,0 +1,57 @@
+package main
+
+import (
+	"context"
+	"fmt"
+	"os"
+
+	"github.com/ckagent/ckagent/agent/capture"
+	"github.com/ckagent/ckagent/agent/capture/faultserver"
+	"github.com/ckagent/ckagent/agent/guardian"
+	"github.com/ckagent/ckagent/agent/problem"
+	"github.com/ckagent/ckagent/agent/vm/inject"
+	"github.com/ckagent/ckagent/restore"
+	"github.com/ckagent/ckagent/restore/pager"
+)
+
+// helperMain runs this process as one of our helpers if the arguments ask for
+// one. They are dispatched by hand because a VM may be waiting for them.
+func helperMain(args []string) (code int, ok bool) {
+	if len(args) == 0 {
+		return 0, false
+	}
+	ctx := context.Background()
+	var err error
+	switch args[0] {
+	case capture.FaultServerVerb:
+		err = faultserver.Main(faultserver.Deps{Take: takeUserfaultfd, OpenControl: openBeat})
+	case guardian.Verb:
+		err = guardian.Main(ctx, args[1:])
+	case pager.VerbWorker:
+		err = pager.Main(ctx, args[1:], restore.Openers())
+	case pager.VerbSupervisor:
+		err = pager.SuperviseMain(ctx, args[1:])
+	default:
+		return 0, false
+	}
+	if err != nil {
+		fmt.Fprintf(os.Stderr, "ckagent %s: %v\n", args[0], err)
+	}
+	return problem.ExitCode(err), true
+}
+
+// takeUserfaultfd makes a userfaultfd in QEMU and leaves nothing there.
+func takeUserfaultfd(pid int) (*os.File, error) {
+	f, _, err := inject.Userfaultfd(context.Background(), pid, inject.Options{})
+	return f, err
+}
+
+// openBeat maps the control page for a fault server, which only leaves its
+// heartbeat there. It stays mapped until the process ends.
+func openBeat(f *os.File) (func(), error) {
+	c, err := guardian.OpenControl(f)
+	if err != nil {
+		return nil, err
+	}
+	return c.BeatServer, nil
+}

@@ -1,0 +1,124 @@
+package main
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"io"
+	"log/slog"
+	"os"
+	"os/signal"
+
+	"github.com/spf13/cobra"
+	"golang.org/x/sys/unix"
+
+	"github.com/ckagent/ckagent/agent/problem"
+)
+
+func main() {
+	if code, ok := helperMain(os.Args[1:]); ok {
+		os.Exit(code)
+	}
+	ctx, stop := signal.NotifyContext(context.Background(), unix.SIGINT, unix.SIGTERM, unix.SIGHUP)
+	code := run(ctx, os.Args[1:], os.Stdout, os.Stderr)
+	stop()
+	os.Exit(code)
+}
+
+// run is the whole program but for the process: tests call it.
+func run(ctx context.Context, args []string, stdout, stderr io.Writer) int {
+	a := &app{out: stdout, err: stderr}
+	root := newRootCommand(a)
+	root.SetArgs(args)
+	root.SetOut(stdout)
+	root.SetErr(stderr)
+	err := root.ExecuteContext(ctx)
+	if err != nil && ctx.Err() != nil {
+		err = problem.New(problem.Cancelled, "ckagent", "", "interrupted: %w", err)
+	}
+	a.fail(err)
+	return problem.ExitCode(err)
+}
+
+// app is what all verbs share.
+type app struct {
+	out, err io.Writer
+	json     bool
+	verbose  bool
+	log      *slog.Logger
+}
+
+func newRootCommand(a *app) *cobra.Command {
+	root := &cobra.Command{
+		Use:           "ckagent",
+		Short:         "Checkpoint running QEMU virtual machines, restore them in milliseconds",
+		SilenceErrors: true,
+		SilenceUsage:  true,
+		PersistentPreRun: func(*cobra.Command, []string) {
+			level := slog.LevelInfo
+			if a.verbose {
+				level = slog.LevelDebug
+			}
+			a.log = slog.New(slog.NewTextHandler(a.err, &slog.HandlerOptions{Level: level}))
+		},
+		RunE: func(c *cobra.Command, args []string) error {
+			if len(args) > 0 {
+				return usageError("unknown verb %q", args[0])
+			}
+			return c.Help()
+		},
+		Args: cobra.ArbitraryArgs,
+	}
+	root.PersistentFlags().BoolVar(&a.json, "json", false, "print one JSON object on stdout and nothing else there")
+	root.PersistentFlags().BoolVarP(&a.verbose, "verbose", "v", false, "log more to stderr")
+	root.SetFlagErrorFunc(func(_ *cobra.Command, err error) error { return usageError("%w", err) })
+	root.AddCommand(
+		newDoctorCommand(a), newExplainCommand(a),
+		newAttachCommand(a), newCheckpointCommand(a), newReleaseCommand(a),
+		newLsCommand(a), newInspectCommand(a), newVerifyCommand(a),
+		newRmCommand(a), newGCCommand(a), newPinCommand(a), newUnpinCommand(a),
+		newRestoreCommand(a), newVersionCommand(a),
+	)
+	return root
+}
+
+func usageError(format string, args ...any) error {
+	return problem.New(problem.Usage, "ckagent", "", format, args...).WithHint("ckagent help VERB shows how")
+}
+
+// exactArgs is cobra.ExactArgs with our exit code.
+func exactArgs(n int, what string) cobra.PositionalArgs {
+	return func(_ *cobra.Command, args []string) error {
+		if len(args) != n {
+			return usageError("want %s, got %d arguments", what, len(args))
+		}
+		return nil
+	}
+}
+
+// fail prints an error, once, in the form that was asked for.
+func (a *app) fail(err error) {
+	if err == nil {
+		return
+	}
+	if !a.json {
+		fmt.Fprintf(a.err, "ckagent: %v\n", err)
+		return
+	}
+	type failure struct {
+		Code      problem.Code `json:"code"`
+		Op        string       `json:"op"`
+		Object    string       `json:"object,omitempty"`
+		Message   string       `json:"message"`
+		Hint      string       `json:"hint,omitempty"`
+		Retryable bool         `json:"retryable"`
+	}
+	f := failure{Code: problem.CodeOf(err), Op: "ckagent", Message: err.Error()}
+	if p, ok := errors.AsType[*problem.Error](err); ok {
+		f.Op, f.Object, f.Hint, f.Retryable = p.Op, p.Object, p.Hint, p.Retryable
+	}
+	a.print("error", struct {
+		Schema string  `json:"schema"`
+		Error  failure `json:"error"`
+	}{schema("error"), f})
+}
