@@ -94,7 +94,6 @@ func recordKey(b *ramblockLine) (k [24]byte) {
 // search scans the arenas for one block's record; the result is the address of
 // its offset field.
 func (f *recordFinder) search(b *ramblockLine) (uint64, error) {
-	key := recordKey(b)
 	if f.buf == nil {
 		f.buf = make([]byte, recordChunkBytes+recordReadBytes)
 	}
@@ -109,17 +108,16 @@ func (f *recordFinder) search(b *ramblockLine) (uint64, error) {
 				break // an arena with holes or one that shrank: nothing to find here
 			}
 			chunk := f.buf[:n]
-			for from := 0; ; {
-				i := bytes.Index(chunk[from:], key[:])
-				if i < 0 || from+i >= recordChunkBytes {
-					break
+			// Word by word: bytes.Index is slow on heaps, which are full of the
+			// zeros that the numbers begin with.
+			for i := 16; i+8 <= min(len(chunk), recordChunkBytes+16); i += 8 {
+				if binary.LittleEndian.Uint64(chunk[i:]) != b.total || binary.LittleEndian.Uint64(chunk[i-8:]) != b.used ||
+					binary.LittleEndian.Uint64(chunk[i-16:]) != b.offset {
+					continue
 				}
-				from += i + 8
-				field := at + uint64(from-8)
-				if field%8 == 0 {
-					if _, _, err := f.check(field, b); err == nil {
-						return field, nil
-					}
+				field := at + uint64(i-16)
+				if _, _, err := f.check(field, b); err == nil {
+					return field, nil
 				}
 			}
 		}
