@@ -25,6 +25,7 @@ func healthy() *Facts {
 		Kernel: "6.18.0", Arch: "amd64", Scan: true, KSM: 0,
 		Uffd:      UffdFacts{Features: 1<<17 - 1, Unprivileged: 0},
 		HugePages: HugePageFacts{Transparent: "madvise"},
+		KVM:       KVMFacts{Hardware: true},
 		Cgroup:    CgroupFacts{V2: "/sys/fs/cgroup", V2Freeze: true},
 		Rights:    RightsFacts{Caps: 1<<41 - 1, PtraceScope: 1, MemlockBytes: 8 << 20},
 		QEMU:      []QEMUFacts{{Path: "/usr/bin/qemu-system-x86_64", Version: "10.0.3"}},
@@ -84,6 +85,7 @@ func TestGaps(t *testing.T) {
 		{"kvm refuses", func(f *Facts) { f.KVM.CreateErr = unix.EOPNOTSUPP }, "host", "KVM", Missing, OK, "no virtual machine can be made", "uffd", "uffd"},
 		{"kvm useless", func(f *Facts) { f.KVM.RealErr = unix.EIO }, "host", "KVM", Missing, OK, "16-bit", "uffd", "uffd"},
 		{"kvm nested and small", func(f *Facts) { f.KVM.LongErr, f.KVM.Nested = unix.ETIMEDOUT, true }, "host", "KVM", Limited, OK, "no 64-bit guests", "uffd", "uffd"},
+		{"kvm without hardware", func(f *Facts) { f.KVM.Hardware, f.KVM.Nested = false, true }, "host", "KVM", Limited, OK, "neither vmx nor svm", "uffd", "uffd"},
 		{"no cgroups", func(f *Facts) { f.Cgroup = CgroupFacts{} }, "host", "control groups", Missing, OK, "none mounted", "uffd", "uffd"},
 		{"cgroup read-only", func(f *Facts) { f.Cgroup.V2Write = unix.EROFS }, "host", "control groups", Limited, OK, "Delegate", "uffd", "uffd"},
 		{"no freezer", func(f *Facts) { f.Cgroup.V2Freeze = false }, "host", "freezer", Missing, OK, "5.2", "uffd", "uffd"},
@@ -308,8 +310,8 @@ garbage
 	if caps, nnp := parseStatus([]byte("CapEff:\t000001ffffffffff\nNoNewPrivs:\t1\n")); caps != 1<<41-1 || !nnp {
 		t.Errorf("%x %v", caps, nnp)
 	}
-	if !hypervisorFlag("model : x\nflags\t\t: fpu hypervisor sse\n") || hypervisorFlag("flags : fpu\n") || hypervisorFlag("") {
-		t.Error("hypervisor flag")
+	if f := cpuFlags("model : x\nflags\t\t: fpu hypervisor sse\nflags : svm\n"); !f["hypervisor"] || f["svm"] || len(cpuFlags("")) != 0 {
+		t.Error("cpu flags")
 	}
 	for in, want := range map[uint64]string{0: "0 B", 1023: "1023 B", 1024: "1.0 KiB", 3 << 30: "3.0 GiB"} {
 		if got := size(in); got != want {

@@ -51,6 +51,7 @@ type KVMFacts struct {
 	CreateErr error // KVM_CREATE_VM and a vCPU
 	RealErr   error // running 16-bit code
 	LongErr   error // running 64-bit code
+	Hardware  bool  // the CPU shows VMX or SVM
 	Nested    bool  // this host is a virtual machine itself
 }
 

@@ -171,6 +171,15 @@ func judgeHost(f *Facts) []Check {
 		}
 		c.Costs = "64-bit " + tcg + "; only firmware and small 16/32-bit guests run under KVM"
 		c.Mend = "full nested virtualization on the host this machine runs on, or bare metal"
+	case !k.Hardware:
+		// Nested hypervisors without it (kvm-pvm) run small guests, 64-bit code
+		// included, but stop at what an unmodified kernel does while booting.
+		c.Status, c.Detail = Limited, "runs code, but without hardware virtualization (the CPU shows neither vmx nor svm)"
+		if k.Nested {
+			c.Detail += "; nested (this host is a virtual machine)"
+		}
+		c.Costs = "unmodified 64-bit " + tcg + "; firmware and small guests run under KVM"
+		c.Mend = "full nested virtualization on the host this machine runs on, or bare metal"
 	}
 	add(c)
 

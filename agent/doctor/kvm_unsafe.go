@@ -127,7 +127,8 @@ var long64 = []byte{
 func gatherKVM(ctx context.Context) KVMFacts {
 	var k KVMFacts
 	if b, err := os.ReadFile("/proc/cpuinfo"); err == nil {
-		k.Nested = hypervisorFlag(string(b))
+		f := cpuFlags(string(b))
+		k.Nested, k.Hardware = f["hypervisor"], f["vmx"] || f["svm"]
 	}
 	dev, err := unix.Open("/dev/kvm", unix.O_RDWR|unix.O_CLOEXEC, 0)
 	if err != nil {
@@ -151,18 +152,18 @@ func gatherKVM(ctx context.Context) KVMFacts {
 	return k
 }
 
-func hypervisorFlag(cpuinfo string) bool {
+// cpuFlags are the features of the first CPU in /proc/cpuinfo.
+func cpuFlags(cpuinfo string) map[string]bool {
+	out := map[string]bool{}
 	for line := range strings.Lines(cpuinfo) {
 		if k, v, _ := strings.Cut(line, ":"); strings.TrimSpace(k) == "flags" {
 			for f := range strings.FieldsSeq(v) {
-				if f == "hypervisor" {
-					return true
-				}
+				out[f] = true
 			}
-			return false
+			break
 		}
 	}
-	return false
+	return out
 }
 
 // runGuest makes a virtual machine with one vCPU that executes code in 16-bit
