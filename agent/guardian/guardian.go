@@ -139,16 +139,18 @@ func Start(ctx context.Context, cfg Config) (*Guardian, error) {
 	if err != nil {
 		return fail(err)
 	}
-	defer theirs.Close()
 	control, err := OpenControl(cfg.Control)
 	if err != nil {
 		ours.Close()
+		theirs.Close()
 		return fail(err)
 	}
 	g := &Guardian{qemu: qemu, link: ours, control: control, done: make(chan struct{})}
 	g.cmd = command(cfg)
 	g.cmd.ExtraFiles = []*os.File{theirs, cfg.Control, agent, cfg.QEMU.PidFD(), server, socket}
-	if err := g.cmd.Start(); err != nil {
+	err = g.cmd.Start()
+	theirs.Close() // or its end would not be seen
+	if err != nil {
 		ours.Close()
 		control.Close()
 		return fail(err)

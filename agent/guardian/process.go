@@ -20,24 +20,31 @@ type identity struct {
 
 // identify reads the identity of a live process; zombies do not count.
 func identify(pid int) (identity, error) {
+	id, state, err := readIdentity(pid)
+	if err == nil && (state == "Z" || state == "X") {
+		err = fmt.Errorf("pid %d: %w", pid, os.ErrProcessDone)
+	}
+	return id, err
+}
+
+// readIdentity reads the identity of a process and the state of its first thread,
+// which may have ended before the others.
+func readIdentity(pid int) (id identity, state string, err error) {
 	b, err := os.ReadFile("/proc/" + strconv.Itoa(pid) + "/stat")
 	if err != nil {
-		return identity{}, err
+		return identity{}, "", err
 	}
 	// The name may contain anything; what follows the last ')' is regular.
 	i := bytes.LastIndexByte(b, ')')
 	f := strings.Fields(string(b[i+1:]))
 	if i < 0 || len(f) < 20 {
-		return identity{}, fmt.Errorf("not a stat line: %.80q", b)
-	}
-	if f[0] == "Z" || f[0] == "X" {
-		return identity{}, fmt.Errorf("pid %d: %w", pid, os.ErrProcessDone)
+		return identity{}, "", fmt.Errorf("not a stat line: %.80q", b)
 	}
 	start, err := strconv.ParseUint(f[19], 10, 64)
 	if err != nil {
-		return identity{}, err
+		return identity{}, "", err
 	}
-	return identity{PID: pid, StartTicks: start}, nil
+	return identity{PID: pid, StartTicks: start}, f[0], nil
 }
 
 // alive reports whether this very process exists.
@@ -46,14 +53,15 @@ func (id identity) alive() bool {
 	return err == nil && now == id
 }
 
-// open returns a pidfd of this very process, or an error if it is gone.
+// open returns a pidfd of this very process, or an error if it is gone. One that
+// is just ending counts: its threads may still be at it.
 func (id identity) open() (*os.File, error) {
 	fd, err := unix.PidfdOpen(id.PID, 0)
 	if err != nil {
 		return nil, err
 	}
 	// Holding the pidfd, the pid cannot be reused: what is true now stays.
-	if !id.alive() {
+	if now, _, err := readIdentity(id.PID); err != nil || now != id {
 		unix.Close(fd)
 		return nil, unix.ESRCH
 	}

@@ -20,9 +20,10 @@ import (
 // it may be repeated.
 //
 // problem.Busy if a live agent is at work on the VM; problem.NotFound if there is
-// no such process. Userfaultfds of a process that waits for missing pages (a lazy
-// restore, post-copy) are left alone unless the state file proves them ours: to
-// close them would feed the guest zeros.
+// no such process. Without a state file, userfaultfds inside a process that has
+// memory registered with one (a lazy restore, post-copy, QEMU's own background
+// snapshot) are left alone: to close them would feed the guest zeros, or tear it.
+// What an interrupted injection left has nothing registered.
 func Release(ctx context.Context, pid int) (Report, error) { return releaseIn(ctx, stateDir, pid) }
 
 func releaseIn(ctx context.Context, dir string, pid int) (Report, error) {
@@ -116,7 +117,7 @@ func thawedCgroup() string {
 	return ""
 }
 
-// endIdentity ends one process if it is still the one meant.
+// endIdentity ends one process if it is still the one meant, and alive.
 func endIdentity(id identity, home cgroups) bool {
 	if id.PID <= 1 {
 		return false
@@ -126,7 +127,11 @@ func endIdentity(id identity, home cgroups) bool {
 		return false
 	}
 	defer f.Close()
-	end(int(f.Fd()), id.PID, home, serverPatience)
+	fd := int(f.Fd())
+	if waitExit(fd, 0) {
+		return false
+	}
+	end(fd, id.PID, home, serverPatience)
 	return true
 }
 
@@ -143,7 +148,7 @@ func endpointOf(ctx context.Context, s state, pid int) qmp.Endpoint {
 }
 
 // closeOurs closes leftovers inside QEMU: what the state file proves to be new;
-// without one, what is certainly ours, and write-protecting userfaultfds.
+// without one, what is certainly ours, and userfaultfds that serve nothing.
 func closeOurs(ctx context.Context, pid int, s state, known bool, r *Report) {
 	if known {
 		closeLeftovers(ctx, pid, s.Known, r)
@@ -161,8 +166,7 @@ func closeOurs(ctx context.Context, pid int, s state, known bool, r *Report) {
 	}
 	var keep []inject.Leftover
 	for _, l := range all {
-		ours := l.Certain ||
-			l.Kind == inject.KindUserfaultfd && kinds.writeProtect && !kinds.missing && !kinds.minor
+		ours := l.Certain || l.Kind == inject.KindUserfaultfd && kinds == (armedKinds{})
 		if !ours {
 			keep = append(keep, l)
 		}
