@@ -9,6 +9,7 @@ import (
 	"path/filepath"
 	"strconv"
 	"strings"
+	"syscall"
 
 	"golang.org/x/sys/unix"
 )
@@ -51,7 +52,8 @@ func connectUnix(addr string) (net.Conn, error) {
 		return nil, err
 	}
 	for {
-		err = unix.Connect(fd, &unix.SockaddrUnix{Name: addr})
+		// Package unix refuses the 108 bytes of a padded abstract name.
+		err = syscall.Connect(fd, &syscall.SockaddrUnix{Name: addr})
 		if err != unix.EINTR { // a unix socket is then as it was before
 			break
 		}

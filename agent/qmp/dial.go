@@ -8,6 +8,7 @@ import (
 	"net/netip"
 	"os"
 	"slices"
+	"strings"
 	"time"
 
 	"golang.org/x/sys/unix"
@@ -164,32 +165,42 @@ func clientsOf(e Endpoint) []string {
 		}
 		return names
 	}
+	for try := 0; len(names) == 0 && try < tableTries; try++ {
+		for _, inode := range unixClients(e, pid) {
+			var peer uint64
+			err := inNetNS(e.PID, func() (err error) {
+				peer, err = unixPeer(inode)
+				return err
+			})
+			if err == nil && peer != 0 {
+				name(peer)
+			} else {
+				names = append(names, "another client")
+			}
+		}
+	}
+	return names
+}
+
+// unixClients are QEMU's accepted connections at the endpoint's path: they
+// carry the name of the socket that accepted them.
+func unixClients(e Endpoint, pid int) (inodes []uint64) {
 	table, err := unixTable(pid)
 	if err != nil {
 		return nil
 	}
-	path := e.Address
+	path := strings.ReplaceAll(e.Address, "\x00", "@")
 	for _, s := range table {
 		if e.inode != 0 && s.inode == e.inode {
 			path = s.path // as it was bound, relative perhaps
 		}
 	}
 	for _, s := range table {
-		if !s.connected || s.path != path || s.inode == 0 {
-			continue
-		}
-		var peer uint64
-		err := inNetNS(e.PID, func() (err error) {
-			peer, err = unixPeer(s.inode)
-			return err
-		})
-		if err == nil && peer != 0 {
-			name(peer)
-		} else {
-			names = append(names, "another client")
+		if s.connected && s.path == path && s.inode != 0 {
+			inodes = append(inodes, s.inode)
 		}
 	}
-	return names
+	return inodes
 }
 
 // tcpClients are QEMU's accepted connections at the endpoint's port.

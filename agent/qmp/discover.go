@@ -37,6 +37,9 @@ func Discover(ctx context.Context, pid int) ([]Endpoint, error) {
 		}
 		return nil, problem.New(problem.Failed, opDiscover, object, "%w", err)
 	}
+	if len(raw) == 0 {
+		return nil, problem.New(problem.NotFound, opDiscover, object, "it has no command line: it has exited, or is no program")
+	}
 	args := strings.Split(strings.TrimSuffix(string(raw), "\x00"), "\x00")
 	opts, err := cmdline.Parse(args[1:])
 	if err != nil {
@@ -47,12 +50,11 @@ func Discover(ctx context.Context, pid int) ([]Endpoint, error) {
 	opts, notes = withConfigFiles(pid, opts)
 	mons, more := monitors(opts)
 	notes = append(notes, more...)
-	v := view{pid: pid}
+	v := &view{pid: pid}
 	if v.held, err = sockets(pid); err != nil {
 		notes = append(notes, "its descriptors cannot be listed: "+err.Error())
 	}
-	v.unix, _ = unixTable(pid)
-	v.tcp, _ = tcpTable(pid)
+	v.read()
 	v.cwd, _ = os.Readlink(procPath(pid, "cwd"))
 	var eps []Endpoint
 	for _, m := range mons {
@@ -273,7 +275,28 @@ type view struct {
 	tcp  []tcpSocket
 }
 
-func (v view) endpoint(m monitorSpec) (Endpoint, string) {
+func (v *view) read() {
+	v.unix, _ = unixTable(v.pid)
+	v.tcp, _ = tcpTable(v.pid)
+}
+
+// findUnix looks for a socket the target holds; a table that misses it is read
+// again.
+func (v *view) findUnix(match func(unixSocket) bool) (unixSocket, bool) {
+	for try := 0; ; try++ {
+		for _, s := range v.unix {
+			if _, ours := v.held[s.inode]; ours && match(s) {
+				return s, true
+			}
+		}
+		if try == tableTries || len(v.held) == 0 {
+			return unixSocket{}, false
+		}
+		v.read()
+	}
+}
+
+func (v *view) endpoint(m monitorSpec) (Endpoint, string) {
 	e := Endpoint{Network: "unix", Via: m.via, FD: -1, PID: v.pid, Libvirt: m.libvirt}
 	switch m.address {
 	case "fd":
@@ -297,17 +320,13 @@ func (v view) endpoint(m monitorSpec) (Endpoint, string) {
 }
 
 // listener is the inode of the target's socket listening at a unix address.
-func (v view) listener(name string) uint64 {
-	for _, s := range v.unix {
-		if _, ours := v.held[s.inode]; ours && s.listening && s.path == name {
-			return s.inode
-		}
-	}
-	return 0
+func (v *view) listener(name string) uint64 {
+	s, _ := v.findUnix(func(s unixSocket) bool { return s.listening && s.path == name })
+	return s.inode
 }
 
 // inherited looks up a socket that was open before QEMU was started.
-func (v view) inherited(e Endpoint, m monitorSpec) (Endpoint, string) {
+func (v *view) inherited(e Endpoint, m monitorSpec) (Endpoint, string) {
 	fd, err := strconv.Atoi(m.fd)
 	if err != nil || fd < 0 {
 		return e, fmt.Sprintf("on a descriptor named %q, which only QEMU knows", m.fd)
@@ -317,10 +336,7 @@ func (v view) inherited(e Endpoint, m monitorSpec) (Endpoint, string) {
 	if !ok {
 		return e, fmt.Sprintf("on descriptor %d, which is no socket any more, or not visible to us", fd)
 	}
-	for _, s := range v.unix {
-		if s.inode != inode {
-			continue
-		}
+	if s, ok := v.findUnix(func(s unixSocket) bool { return s.inode == inode }); ok {
 		if !s.listening {
 			return e, fmt.Sprintf("on descriptor %d, a connection whose other end somebody holds", fd)
 		}
@@ -345,7 +361,7 @@ func (v view) inherited(e Endpoint, m monitorSpec) (Endpoint, string) {
 	return e, fmt.Sprintf("on descriptor %d, a socket of an unknown kind", fd)
 }
 
-func (v view) tcpEndpoint(e Endpoint, m monitorSpec) (Endpoint, string) {
+func (v *view) tcpEndpoint(e Endpoint, m monitorSpec) (Endpoint, string) {
 	e.Network = "tcp"
 	first, err := net.LookupPort("tcp", m.port)
 	if err != nil {
@@ -357,19 +373,29 @@ func (v view) tcpEndpoint(e Endpoint, m monitorSpec) (Endpoint, string) {
 			last = n
 		}
 	}
-	// QEMU takes the first free port of a range, and any for 0: the table knows.
+	// QEMU takes the first free port of a range, and any for 0: the table knows,
+	// as long as there is one candidate.
+	if first == 0 {
+		last = 1<<16 - 1
+	}
+	var found []tcpSocket
 	for _, s := range v.tcp {
 		_, ours := v.held[s.inode]
 		port := int(s.local.Port())
-		if !ours || s.state != tcpListen || port < first || port > last {
-			continue
+		if ours && s.state == tcpListen && port >= first && port <= last {
+			found = append(found, s)
 		}
-		e.inode = s.inode
-		e.Address = net.JoinHostPort(reachable(s.local.Addr().String()), strconv.Itoa(port))
-		return e, ""
 	}
-	if first == 0 || first != last {
-		return e, "on a port QEMU chose, which is not to be seen from here"
+	anyHost := len(found) == 2 && found[0].local.Addr().IsUnspecified() && found[1].local.Addr().IsUnspecified() &&
+		found[0].local.Addr().Is4() != found[1].local.Addr().Is4()
+	switch {
+	// For IPv4 and IPv6 there is a socket each, on two ports if QEMU chose.
+	case len(found) == 1 || anyHost || len(found) > 1 && first == last:
+		e.inode = found[0].inode
+		e.Address = net.JoinHostPort(reachable(found[0].local.Addr().String()), strconv.Itoa(int(found[0].local.Port())))
+		return e, ""
+	case first != last:
+		return e, "on a port QEMU chose, which cannot be told from here"
 	}
 	e.Address = net.JoinHostPort(reachable(m.host), strconv.Itoa(first))
 	return e, ""

@@ -16,10 +16,7 @@ func inNetNS(pid int, f func() error) error {
 		return f()
 	}
 	result := make(chan error, 1)
-	go func() {
-		// Never unlocked: the thread ends with the goroutine, so that no other
-		// one ever runs in the foreign namespace.
-		runtime.LockOSThread()
+	go onSpareThread(func() {
 		result <- func() error {
 			ns, err := os.Open(procPath(pid, "ns", "net"))
 			if err != nil {
@@ -31,8 +28,26 @@ func inNetNS(pid int, f func() error) error {
 			}
 			return f()
 		}()
-	}()
+	})
 	return <-result
+}
+
+// onSpareThread runs f on a thread that ends with it, so that no other
+// goroutine ever runs in the namespace f has entered. The first thread of the
+// process never ends, and /proc/self/net is what that one sees: f is kept off it.
+func onSpareThread(f func()) {
+	runtime.LockOSThread()
+	if unix.Gettid() == unix.Getpid() {
+		done := make(chan struct{})
+		go func() { // elsewhere, since this thread is taken
+			defer close(done)
+			onSpareThread(f)
+		}()
+		<-done
+		runtime.UnlockOSThread()
+		return
+	}
+	f() // and no unlock: that is what ends the thread
 }
 
 func sameNetNS(pid int) bool {

@@ -122,11 +122,16 @@ func readProc(pid int, elem ...string) ([]byte, error) {
 		return nil, err
 	}
 	defer f.Close()
-	b, err := io.ReadAll(io.LimitReader(f, maxProcBytes+1))
-	if err == nil && len(b) > maxProcBytes {
-		err = fmt.Errorf("%s is larger than %d bytes", f.Name(), maxProcBytes)
+	// In few large reads: tables of sockets may skip a line at the seams.
+	var b bytes.Buffer
+	b.Grow(64 << 10)
+	if _, err := b.ReadFrom(io.LimitReader(f, maxProcBytes+1)); err != nil {
+		return nil, err
 	}
-	return b, err
+	if b.Len() > maxProcBytes {
+		return nil, fmt.Errorf("%s is larger than %d bytes", f.Name(), maxProcBytes)
+	}
+	return b.Bytes(), nil
 }
 
 // sockets maps the socket inodes a process holds to one of their descriptors.

@@ -104,6 +104,10 @@ func procAddr(s string) (netip.AddrPort, bool) {
 	return netip.AddrPortFrom(addr.Unmap(), uint16(p)), err == nil
 }
 
+// tableTries is how often a socket that must be there is looked for: the
+// kernel's tables skip lines when sockets come and go while they are read.
+const tableTries = 4
+
 func unixTable(pid int) ([]unixSocket, error) {
 	b, err := readProc(pid, "net", "unix")
 	if err != nil {

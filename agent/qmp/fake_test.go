@@ -1,0 +1,554 @@
+package qmp
+
+import (
+	"context"
+	"encoding/json"
+	"errors"
+	"fmt"
+	"io"
+	"net"
+	"os"
+	"strings"
+	"sync"
+	"testing"
+	"time"
+
+	"golang.org/x/sys/unix"
+)
+
+const greeting = `{"QMP":{"version":{"qemu":{"micro":1,"minor":2,"major":7},"package":"x"},"capabilities":["oob"]}}` + "\r\n"
+
+// fake plays QEMU's part of a session: each command is handed to answer, which
+// writes whatever it likes.
+type fake struct {
+	conn *net.UnixConn
+	wg   sync.WaitGroup
+}
+
+type command struct {
+	Execute   string          `json:"execute"`
+	Arguments json.RawMessage `json:"arguments"`
+	ID        json.RawMessage `json:"id"`
+}
+
+func pair(t *testing.T) (client net.Conn, server *net.UnixConn) {
+	t.Helper()
+	ours, theirs := socketPair(t)
+	client, err := connOf(ours)
+	if err != nil {
+		t.Fatal(err)
+	}
+	conn, err := connOf(theirs)
+	if err != nil {
+		t.Fatal(err)
+	}
+	return client, conn.(*net.UnixConn)
+}
+
+// newFake returns a client in command mode on a fake server. The default
+// answer to a command is an empty return.
+func newFake(t *testing.T, answer func(w io.Writer, c command) bool) (*Client, *fake) {
+	t.Helper()
+	client, server := pair(t)
+	f := &fake{conn: server}
+	f.wg.Go(func() {
+		_, _ = io.WriteString(server, greeting)
+		dec := json.NewDecoder(server)
+		for {
+			var c command
+			if err := dec.Decode(&c); err != nil {
+				return
+			}
+			if answer == nil || !answer(server, c) {
+				reply(server, c, `{}`)
+			}
+		}
+	})
+	c, err := NewClient(testContext(t), client)
+	if err != nil {
+		t.Fatal(err)
+	}
+	t.Cleanup(func() {
+		_ = c.Close()
+		_ = server.Close()
+		f.wg.Wait()
+	})
+	return c, f
+}
+
+func reply(w io.Writer, c command, ret string) {
+	fmt.Fprintf(w, "{\"return\": %s, \"id\": %s}\r\n", ret, c.ID)
+}
+
+func TestPipelineOutOfOrderAndEvents(t *testing.T) {
+	var held []command
+	c, _ := newFake(t, func(w io.Writer, c command) bool {
+		if c.Execute == "qmp_capabilities" {
+			return false
+		}
+		held = append(held, c)
+		if len(held) < 3 {
+			return true
+		}
+		var b strings.Builder
+		for i := len(held) - 1; i >= 0; i-- {
+			fmt.Fprintf(&b, `{"timestamp":{"seconds":%d,"microseconds":5},"event":"E%d","data":{"n":%d}}`, 100+i, i, i)
+			reply(&b, held[i], fmt.Sprint(i))
+		}
+		_, _ = io.WriteString(w, b.String())
+		return true
+	})
+	ctx := testContext(t)
+	all, some, small := c.Subscribe(8), c.Subscribe(8, "E1", "E9"), c.Subscribe(2)
+	r, err := Encode("x", struct {
+		A string `json:"a"`
+	}{"<&>"})
+	if err != nil {
+		t.Fatal(err)
+	}
+	calls, err := c.Send(r, r, r)
+	if err != nil {
+		t.Fatal(err)
+	}
+	for i, k := range calls {
+		got := -1
+		if err := k.Wait(ctx, &got); err != nil || got != i {
+			t.Errorf("call %d returned %d, %v", i, got, err)
+		}
+		if err := k.Wait(ctx, &got); err != nil || got != i {
+			t.Errorf("waiting again: %d, %v", got, err)
+		}
+		if string(held[i].Arguments) != `{"a":"<&>"}` {
+			t.Errorf("arguments %s", held[i].Arguments)
+		}
+	}
+	for i := 2; i >= 0; i-- {
+		e := <-all.C()
+		if e.Name != fmt.Sprintf("E%d", i) || string(e.Data) != fmt.Sprintf(`{"n":%d}`, i) ||
+			!e.Timestamp.Equal(time.Unix(int64(100+i), 5000)) || e.Received.IsZero() {
+			t.Errorf("event %+v", e)
+		}
+	}
+	if e := <-some.C(); e.Name != "E1" {
+		t.Errorf("filtered event %+v", e)
+	}
+	if a, b := <-small.C(), <-small.C(); a.Name != "E1" || b.Name != "E0" || small.Dropped() != 1 {
+		t.Errorf("full queue kept %s, %s and counted %d", a.Name, b.Name, small.Dropped())
+	}
+	some.Close()
+	some.Close()
+	if _, ok := <-some.C(); ok {
+		t.Error("closed subscription delivers")
+	}
+	if err := c.Close(); err != nil {
+		t.Fatal(err)
+	}
+	if _, ok := <-all.C(); ok {
+		t.Error("subscription survives its client")
+	}
+	if _, ok := <-c.Subscribe(1).C(); ok {
+		t.Error("subscription to a closed client")
+	}
+}
+
+func TestLargeRepliesInPieces(t *testing.T) {
+	const size = 12 << 20
+	text := strings.Repeat(`q\"\\}{`, size/7)
+	c, _ := newFake(t, func(w io.Writer, c command) bool {
+		if c.Execute == "big" {
+			reply(w, c, `"`+text+`"`)
+			return true
+		}
+		return false
+	})
+	var out string
+	if err := c.Execute(testContext(t), "big", nil, &out); err != nil {
+		t.Fatal(err)
+	}
+	if out != strings.Repeat(`q"\}{`, size/7) {
+		t.Fatalf("%d bytes came, and not the right ones", len(out))
+	}
+}
+
+// TestCancelledCall: its reply comes late and must not be taken for another's.
+func TestCancelledCall(t *testing.T) {
+	slow := make(chan command, 1)
+	c, f := newFake(t, func(_ io.Writer, c command) bool {
+		if c.Execute == "slow" {
+			slow <- c
+		}
+		return c.Execute == "slow"
+	})
+	ctx, cancel := context.WithCancel(testContext(t))
+	r, _ := Encode("slow", nil)
+	calls, err := c.Send(r)
+	if err != nil {
+		t.Fatal(err)
+	}
+	late := <-slow
+	cancel()
+	if err := calls[0].Wait(ctx, nil); !errors.Is(err, context.Canceled) {
+		t.Fatalf("cancelled: %v", err)
+	}
+	if err := c.Execute(ctx, "x", nil, nil); !errors.Is(err, context.Canceled) {
+		t.Errorf("context that has ended: %v", err)
+	}
+	reply(f.conn, late, `"of the slow one"`)
+	var out map[string]any
+	if err := c.Execute(testContext(t), "next", nil, &out); err != nil || len(out) != 0 {
+		t.Errorf("next: %v, %v", out, err)
+	}
+	if c.late != 1 {
+		t.Errorf("%d late replies", c.late)
+	}
+}
+
+// TestCutOffInTheWrite: a command half written when its context ends must
+// never be carried out, and the next one must.
+func TestCutOffInTheWrite(t *testing.T) {
+	client, server := pair(t)
+	defer server.Close()
+	go func() { _, _ = io.WriteString(server, greeting) }()
+	ready := make(chan *Client)
+	go func() {
+		c, err := NewClient(t.Context(), client)
+		if err != nil {
+			t.Error(err)
+		}
+		ready <- c
+	}()
+	dec := json.NewDecoder(server)
+	var cmd command
+	if err := dec.Decode(&cmd); err != nil {
+		t.Fatal(err)
+	}
+	reply(server, cmd, `{}`)
+	c := <-ready
+	defer c.Close()
+
+	// Nobody reads: this one fills the socket and stays stuck.
+	ctx, cancel := context.WithTimeout(t.Context(), 500*time.Millisecond)
+	defer cancel()
+	err := c.Execute(ctx, "huge", map[string]string{"a": strings.Repeat("x", 2<<20)}, nil)
+	if !errors.Is(err, context.DeadlineExceeded) || !strings.Contains(err.Error(), "in part") {
+		t.Fatalf("stuck write: %v", err)
+	}
+	// And this one does not even begin.
+	ctx2, cancel2 := context.WithTimeout(t.Context(), 20*time.Millisecond)
+	defer cancel2()
+	if err := c.Execute(ctx2, "never", nil, nil); !errors.Is(err, context.DeadlineExceeded) {
+		t.Fatalf("write behind it: %v", err)
+	}
+	result := make(chan error, 1)
+	go func() { result <- c.Execute(testContext(t), "after", nil, nil) }()
+	var got []byte
+	buf := make([]byte, 64<<10)
+	for !strings.HasSuffix(string(got), "}\n") {
+		n, err := server.Read(buf)
+		if err != nil {
+			t.Fatal(err)
+		}
+		got = append(got, buf[:n]...)
+	}
+	_, rest, ok := strings.Cut(string(got), "\xff\n")
+	if !ok || strings.Contains(string(got), "never") || strings.Count(rest, "execute") != 1 {
+		t.Fatalf("on the wire after the torn command: %.200q", got[max(0, len(got)-200):])
+	}
+	// QEMU's complaint about what was torn belongs to nobody.
+	_, _ = io.WriteString(server, `{"error":{"class":"GenericError","desc":"JSON parse error"}}`+"\r\n")
+	if err := json.Unmarshal([]byte(rest), &cmd); err != nil {
+		t.Fatal(err)
+	}
+	reply(server, cmd, `{}`)
+	if err := <-result; err != nil {
+		t.Errorf("command after the torn one: %v", err)
+	}
+}
+
+func TestErrorWithoutIDIsTheOldestOnes(t *testing.T) {
+	n := 0
+	c, _ := newFake(t, func(w io.Writer, c command) bool {
+		if c.Execute == "x" {
+			if n++; n == 2 {
+				_, _ = io.WriteString(w, `{"error":{"class":"GenericError","desc":"JSON parse error"}}`)
+				reply(w, c, `{}`)
+			}
+			return true
+		}
+		return false
+	})
+	r, _ := Encode("x", nil)
+	calls, err := c.Send(r, r)
+	if err != nil {
+		t.Fatal(err)
+	}
+	ctx := testContext(t)
+	if err := calls[0].Wait(ctx, nil); err == nil || !strings.Contains(err.Error(), "JSON parse error") {
+		t.Errorf("first: %v", err)
+	}
+	if err := calls[1].Wait(ctx, nil); err != nil {
+		t.Errorf("second: %v", err)
+	}
+}
+
+func TestConnectionLostDuringACommand(t *testing.T) {
+	for _, event := range []string{"", `{"event":"SHUTDOWN","data":{"guest":true,"reason":"guest-shutdown"}}`} {
+		c, f := newFake(t, func(_ io.Writer, c command) bool { return c.Execute == "x" })
+		r, _ := Encode("x", nil)
+		calls, err := c.Send(r)
+		if err != nil {
+			t.Fatal(err)
+		}
+		_, _ = io.WriteString(f.conn, event)
+		_ = f.conn.CloseWrite()
+		err = calls[0].Wait(testContext(t), nil)
+		if !errors.Is(err, ErrLost) || errors.Is(err, ErrExited) != (event != "") {
+			t.Errorf("with %q: %v", event, err)
+		}
+	}
+}
+
+func TestNotQMP(t *testing.T) {
+	for _, first := range []string{"QEMU 7.2.0 monitor - type 'help' for more information\r\n(qemu) ", "RFB 003.008\n",
+		"[1]", "}", `"x"`, `{"QMP":7}`} {
+		client, server := pair(t)
+		_, _ = io.WriteString(server, first)
+		_, err := NewClient(testContext(t), client)
+		if !errors.Is(err, ErrProtocol) {
+			t.Errorf("%q: %v", first, err)
+		}
+		_ = server.Close()
+	}
+}
+
+func TestSilentPeerIsBusy(t *testing.T) {
+	client, server := pair(t)
+	defer server.Close()
+	begin := time.Now()
+	if _, err := NewClient(t.Context(), client); !errors.Is(err, ErrBusy) {
+		t.Errorf("silent peer: %v", err)
+	}
+	if d := time.Since(begin); d > 3*time.Second {
+		t.Errorf("noticed after %v", d)
+	}
+}
+
+func TestMessageTooLarge(t *testing.T) {
+	s := newSplitter()
+	s.max = 100 << 10
+	r := io.MultiReader(strings.NewReader(`{"return":"`), zeros{})
+	for {
+		buf, err := s.space()
+		if err != nil {
+			if !errors.Is(err, ErrTooLarge) {
+				t.Errorf("%v", err)
+			}
+			break
+		}
+		n, _ := r.Read(buf)
+		s.fill(n)
+		if msg, err := s.next(); msg != nil || err != nil {
+			t.Fatalf("%.20q, %v", msg, err)
+		}
+		if len(s.buf) > 1<<20 {
+			t.Fatal("it keeps growing")
+		}
+	}
+}
+
+type zeros struct{}
+
+func (zeros) Read(p []byte) (int, error) {
+	for i := range p {
+		p[i] = '0'
+	}
+	return len(p), nil
+}
+
+func TestDescriptors(t *testing.T) {
+	// The server looks for descriptors in what it reads.
+	client, server := pair(t)
+	defer server.Close()
+	_, _ = io.WriteString(server, greeting)
+	var wg sync.WaitGroup
+	defer wg.Wait()
+	got := make(chan int, 8)
+	wg.Go(func() {
+		buf, oob := make([]byte, 4096), make([]byte, 256)
+		for {
+			n, oobn, _, _, err := server.ReadMsgUnix(buf, oob)
+			if err != nil || n == 0 {
+				return
+			}
+			msgs, _ := unix.ParseSocketControlMessage(oob[:oobn])
+			for _, m := range msgs {
+				fds, _ := unix.ParseUnixRights(&m)
+				for _, fd := range fds {
+					got <- fd
+				}
+			}
+			var cmd command
+			if err := json.Unmarshal(buf[:n], &cmd); err != nil {
+				t.Errorf("%q: %v", buf[:n], err)
+				return
+			}
+			reply(server, cmd, `{}`)
+		}
+	})
+	ctx := testContext(t)
+	c, err := NewClient(ctx, client)
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer c.Close()
+	r, w, err := os.Pipe()
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer r.Close()
+	if err := c.ExecuteFD(ctx, "getfd", map[string]string{"fdname": "x"}, nil, w); err != nil {
+		t.Fatal(err)
+	}
+	_ = w.Close()
+	far := os.NewFile(uintptr(<-got), "far")
+	if _, err := far.WriteString("through"); err != nil {
+		t.Fatal(err)
+	}
+	_ = far.Close()
+	if b, _ := io.ReadAll(r); string(b) != "through" {
+		t.Errorf("read %q", b)
+	}
+	if err := c.ExecuteFD(ctx, "x", nil, nil, r, r); !errors.Is(err, ErrNoFD) {
+		t.Errorf("two at once: %v", err)
+	}
+}
+
+func TestEncode(t *testing.T) {
+	for _, args := range []any{[]int{1}, "x", 7, make(chan int)} {
+		if _, err := Encode("x", args); err == nil {
+			t.Errorf("arguments %v accepted", args)
+		}
+	}
+	for args, want := range map[any]string{
+		nil:                             `{"execute":"x","id":9}` + "\n",
+		json.Number("null"):             "",
+		(*struct{})(nil):                `{"execute":"x","id":9}` + "\n",
+		struct{ B bool }{true}:          `{"execute":"x","arguments":{"B":true},"id":9}` + "\n",
+		struct{ R any }{[2]string{"a"}}: `{"execute":"x","arguments":{"R":["a",""]},"id":9}` + "\n",
+	} {
+		r, err := Encode("x", args)
+		if want == "" {
+			continue
+		}
+		if err != nil || string(r.append(nil, 9)) != want {
+			t.Errorf("%v: %s, %v", args, r.append(nil, 9), err)
+		}
+	}
+}
+
+func FuzzSplitter(f *testing.F) {
+	f.Add([]byte(greeting+`{"return": {}, "id": 1}`+"\r\n"+`{"event":"STOP","timestamp":{"seconds":1,"microseconds":2}}`), 7)
+	f.Add([]byte(`{"a":"\"}{\\","b":[{},[]]}  {}`), 1)
+	f.Add([]byte("{\n    \"return\": [\n    ]\n}\n"), 3)
+	f.Fuzz(func(t *testing.T, data []byte, step int) {
+		if step <= 0 {
+			step = 1
+		}
+		whole, err1 := split(data, len(data)+1)
+		pieces, err2 := split(data, step)
+		if fmt.Sprint(err1) != fmt.Sprint(err2) && (err1 == nil || err2 == nil) {
+			t.Fatalf("whole: %v, in pieces: %v", err1, err2)
+		}
+		if fmt.Sprintf("%q", whole) != fmt.Sprintf("%q", pieces) {
+			t.Fatalf("whole: %q, in pieces: %q", whole, pieces)
+		}
+		for _, msg := range whole {
+			m, ok := parseMessage([]byte(msg))
+			var ref map[string]json.RawMessage
+			if json.Unmarshal([]byte(msg), &ref) != nil {
+				continue // must only not crash
+			}
+			if !ok {
+				t.Fatalf("%q is JSON, but was not understood", msg)
+			}
+			if strings.Contains(msg, `\`) {
+				continue // escaped keys are not QEMU's
+			}
+			for key, got := range map[string][]byte{"id": m.id, "return": m.ret, "error": m.err, "event": m.event} {
+				if string(ref[key]) != string(got) {
+					t.Fatalf("%q: %s is %q, not %q", msg, key, got, ref[key])
+				}
+			}
+		}
+	})
+}
+
+func split(data []byte, step int) (msgs []string, err error) {
+	s := newSplitter()
+	for len(data) > 0 {
+		buf, err := s.space()
+		if err != nil {
+			return msgs, err
+		}
+		n := copy(buf, data[:min(step, len(data))])
+		data = data[n:]
+		s.fill(n)
+		for {
+			msg, err := s.next()
+			if err != nil {
+				return msgs, err
+			}
+			if msg == nil {
+				break
+			}
+			msgs = append(msgs, string(msg))
+		}
+	}
+	return msgs, nil
+}
+
+// BenchmarkRoundTrip is the time from Send to the noted receipt of a reply and
+// to the return of Wait, against a peer that answers at once.
+func BenchmarkRoundTrip(b *testing.B) {
+	ours, theirs, err := func() (int, int, error) {
+		fds, err := unix.Socketpair(unix.AF_UNIX, unix.SOCK_STREAM|unix.SOCK_CLOEXEC, 0)
+		return fds[0], fds[1], err
+	}()
+	if err != nil {
+		b.Fatal(err)
+	}
+	client, _ := connOf(ours)
+	server, _ := connOf(theirs)
+	defer server.Close()
+	go func() {
+		_, _ = io.WriteString(server, greeting)
+		buf := make([]byte, 4096)
+		for {
+			n, err := server.Read(buf)
+			if err != nil {
+				return
+			}
+			_, id, _ := strings.Cut(string(buf[:n]), `"id":`)
+			_, _ = io.WriteString(server, `{"return": {}, "id": `+strings.TrimSpace(id)+"\r\n")
+		}
+	}()
+	c, err := NewClient(b.Context(), client)
+	if err != nil {
+		b.Fatal(err)
+	}
+	defer c.Close()
+	r, _ := Encode("stop", nil)
+	b.ReportAllocs()
+	var hop time.Duration
+	for b.Loop() {
+		calls, err := c.Send(r)
+		if err != nil {
+			b.Fatal(err)
+		}
+		if err := calls[0].Wait(b.Context(), nil); err != nil {
+			b.Fatal(err)
+		}
+		hop += time.Since(calls[0].Done())
+	}
+	b.ReportMetric(float64(hop.Nanoseconds())/float64(b.N), "ns-hop/op")
+}
