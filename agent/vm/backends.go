@@ -23,14 +23,17 @@ func (d *describer) networks(ctx context.Context) error {
 	if err != nil {
 		return err
 	}
-	type backend struct{ typ, info string }
+	type backend struct {
+		typ, info string
+		queues    int
+	}
 	live := make(map[string]backend)
 	for line := range strings.Lines(text) {
 		m := netLine.FindStringSubmatch(strings.TrimRight(line, "\r\n"))
 		if m == nil || m[2] == "nic" || m[2] == "hubport" || strings.HasPrefix(m[1], "#") {
 			continue
 		}
-		live[m[1]] = backend{m[2], m[3]}
+		live[m[1]] = backend{m[2], m[3], live[m[1]].queues + 1}
 	}
 	for _, l := range d.c.named("netdev") {
 		id, _ := l.kv.Get("id")
@@ -57,20 +60,11 @@ func (d *describer) networks(ctx context.Context) error {
 	}
 	slices.Sort(ids)
 	for _, id := range ids {
-		b := live[id]
-		arg := ""
-		switch b.typ {
-		case "user":
-			fwd, err := d.t.QMP.HMP(ctx, "info usernet")
-			if err != nil {
-				return err
-			}
-			// Forwardings are listed per backend; with any of them about, none is guessed.
-			if !strings.Contains(fwd, "HOST_FORWARD") {
-				arg = netArgument("user", id, b.info, "net", "restrict")
-			}
-		case "tap":
-			arg = netArgument("tap", id, b.info, "ifname", "script", "downscript")
+		b, arg := live[id], ""
+		// Of a tap everything that matters is told. A user network's mask, name
+		// servers and forwardings are not, and are not guessed.
+		if b.typ == "tap" && b.queues == 1 {
+			arg = tapArgument(id, b.info)
 		}
 		if arg == "" {
 			d.c.refuse("added-netdev", id, "a "+b.typ+" backend was added at run time, and QEMU does not tell all of its options",
@@ -82,19 +76,19 @@ func (d *describer) networks(ctx context.Context) error {
 	return nil
 }
 
-// netArgument makes a -netdev value of the keys in an `info network` line.
-func netArgument(typ, id, info string, keys ...string) string {
-	kv, err := cmdline.ParseKeyVal(typ, "type")
+// tapArgument makes a -netdev value of an `info network` line, "" without a name.
+func tapArgument(id, info string) string {
+	kv, err := cmdline.ParseKeyVal("tap", "type")
 	if err != nil {
 		return ""
 	}
 	kv.Set("id", id)
 	for _, part := range strings.Split(info, ",") {
-		if k, v, ok := strings.Cut(part, "="); ok && slices.Contains(keys, k) && v != "" {
+		if k, v, ok := strings.Cut(part, "="); ok && slices.Contains([]string{"ifname", "script", "downscript"}, k) && v != "" {
 			kv.Set(k, v)
 		}
 	}
-	if _, named := kv.Get("ifname"); typ == "tap" && !named {
+	if _, named := kv.Get("ifname"); !named {
 		return ""
 	}
 	return kv.String()

@@ -6,6 +6,7 @@ import (
 	"fmt"
 	"os"
 	"regexp"
+	"slices"
 	"strings"
 
 	"github.com/ckagent/ckagent/agent/cmdline"
@@ -38,6 +39,9 @@ type Machine struct {
 	Cwd       string   `json:"cwd"`
 	Root      string   `json:"root"`
 	Manager   string   `json:"manager,omitempty"` // libvirt, proxmox: who started it
+	// Kinds of namespace (mnt, net, pid, ...) in which it is not where we are:
+	// paths, interfaces and sockets of its command line are meant there.
+	Namespaces []string `json:"namespaces,omitempty"`
 
 	CPU    CPUModel       `json:"cpu"`
 	SMP    map[string]int `json:"smp"` // cpus, maxcpus, sockets, cores, threads, ...
@@ -100,6 +104,16 @@ func (t *Target) describe(ctx context.Context) (Machine, error) {
 	environ := parseCmdline(raw)
 	m.Env, m.LoaderEnv = splitEnv(environ)
 	m.Manager = t.manager()
+	own, err := readNamespaces("/proc/self/ns")
+	if err != nil {
+		return m, err
+	}
+	for kind, ino := range p.Namespaces {
+		if own[kind] != ino {
+			m.Namespaces = append(m.Namespaces, kind)
+		}
+	}
+	slices.Sort(m.Namespaces)
 	if t.Blocks == nil {
 		if _, err := t.Layout(ctx); err != nil {
 			return m, err

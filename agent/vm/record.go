@@ -19,7 +19,10 @@ import (
 // can be recognised by content, wherever a build puts it: these three numbers in
 // a row, the name with its terminator close behind, and before them an address
 // at which a mapping of exactly the right size starts. The list pointers are only
-// used to find the neighbours quickly; each is checked in the same way.
+// used to find the neighbours quickly; each is checked in the same way. What lies in
+// the heap may come from the guest (packet buffers), which is why a record is only
+// believed when it names a mapping of the block's exact size, why two records that
+// disagree end the search, and why addresses QEMU itself tells are compared with it.
 const (
 	recordHostBefore  = 16  // host lies two pointers before offset
 	recordNameWithin  = 128 // idstr starts at most this far behind offset
@@ -28,6 +31,7 @@ const (
 	recordChunkBytes  = 1 << 20
 	recordSearchLimit = 512 << 20 // bytes of heap looked at, all blocks together
 	recordArenaLimit  = 128 << 20 // larger mappings are not malloc arenas
+	maxSameKey        = 64        // blocks without size at one offset; in fact there is one
 )
 
 var errNoRecord = errors.New("no record of it in QEMU's heap")
@@ -166,7 +170,7 @@ func (f *recordFinder) read(field uint64) ([]byte, error) {
 func (f *recordFinder) follow(field uint64, byKey map[[24]byte][]*ramblockLine, found map[string]uint64) error {
 	for _, forward := range []bool{true, false} {
 		at := field
-		for range maxBlocks {
+		for range len(byKey) * maxSameKey { // a list made to run in circles ends too
 			raw, err := f.read(at)
 			if err != nil {
 				break
