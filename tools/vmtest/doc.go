@@ -28,6 +28,6 @@
 //
 // # Skips
 //
-// Skip prints "SKIP-REASON <id>: <reason>" so that continuous integration can
-// compare the skips of a run with the list that is expected.
+// Skip says "SKIP-REASON <id>: <reason>", also in a file, so that continuous
+// integration can compare the skips of a run with the list that is expected.
 package vmtest

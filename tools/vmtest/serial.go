@@ -62,6 +62,11 @@ func (v *VM) AwaitSerialFrom(ctx context.Context, from int64, expr string) (stri
 // watch calls see with every whole line after byte from until it returns true,
 // the machine ends or ctx does.
 func (v *VM) watch(ctx context.Context, from int64, see func(line []byte) bool) error {
+	process, err := v.holdProcess()
+	if err != nil {
+		return err
+	}
+	defer unix.Close(process)
 	w, err := newWatcher(filepath.Dir(v.serial))
 	if err != nil {
 		return err
@@ -89,7 +94,7 @@ func (v *VM) watch(ctx context.Context, from int64, see func(line []byte) bool) 
 		if ended { // and everything it wrote before was seen
 			return ErrEnded
 		}
-		if ended, err = w.wait(ctx, v.pidfd); err != nil {
+		if ended, err = w.wait(ctx, process); err != nil {
 			return err
 		}
 	}

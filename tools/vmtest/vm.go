@@ -25,7 +25,6 @@ import (
 type VM struct {
 	cfg    Config
 	pid    int
-	pidfd  int
 	argv   []string
 	serial string // path
 	from   int64  // where this machine's part of the serial log begins
@@ -37,6 +36,9 @@ type VM struct {
 	done   chan struct{} // closed when the process is gone
 	status error         // how it ended; valid once done is closed
 	kill   sync.Once
+
+	mu    sync.Mutex
+	pidfd int // -1 before the start and after Kill
 }
 
 var count atomic.Int64
@@ -115,7 +117,13 @@ func (v *VM) start() error {
 
 // awaitUp returns when the QMP socket is there and, if wanted, the guest ready.
 func (v *VM) awaitUp(ctx context.Context) error {
-	if err := awaitFile(ctx, v.QMPPath(), v.pidfd); err != nil {
+	fd, err := v.holdProcess()
+	if err != nil {
+		return err
+	}
+	err = awaitFile(ctx, v.QMPPath(), fd)
+	unix.Close(fd)
+	if err != nil {
 		return err
 	}
 	if !v.cfg.NoWait {
@@ -179,6 +187,15 @@ func (v *VM) Alive() bool {
 	}
 }
 
+// Exit is how QEMU ended (an *exec.ExitError unless all went well); nil while it
+// runs and for adopted machines.
+func (v *VM) Exit() error {
+	if v.Alive() {
+		return nil
+	}
+	return v.status
+}
+
 // Messages is the end of what QEMU said on its standard error.
 func (v *VM) Messages() string {
 	b, _ := os.ReadFile(v.cfg.path("qemu.log"))
@@ -187,7 +204,23 @@ func (v *VM) Messages() string {
 
 // Signal sends a signal to QEMU, whoever has its pid by now.
 func (v *VM) Signal(sig unix.Signal) error {
+	v.mu.Lock()
+	defer v.mu.Unlock()
+	if v.pidfd < 0 {
+		return unix.ESRCH
+	}
 	return unix.PidfdSendSignal(v.pidfd, sig, nil, 0)
+}
+
+// holdProcess returns a pidfd of the caller's own, so that a Kill meanwhile
+// cannot give its number to another file.
+func (v *VM) holdProcess() (int, error) {
+	v.mu.Lock()
+	defer v.mu.Unlock()
+	if v.pidfd < 0 {
+		return -1, ErrEnded
+	}
+	return unix.FcntlInt(uintptr(v.pidfd), unix.F_DUPFD_CLOEXEC, 0)
 }
 
 // Crash kills QEMU like a power failure and returns when it is gone; the log and
@@ -218,8 +251,11 @@ func (v *VM) cleanup() {
 	if v.own {
 		os.RemoveAll(v.cfg.Dir)
 	}
+	v.mu.Lock()
+	defer v.mu.Unlock()
 	if v.pidfd >= 0 {
 		unix.Close(v.pidfd)
+		v.pidfd = -1
 	}
 }
 
@@ -241,8 +277,14 @@ func Adopt(pid int, qmp, serial string, from int64) (*VM, error) {
 	if argv, err := os.ReadFile(fmt.Sprintf("/proc/%d/cmdline", pid)); err == nil {
 		v.argv = strings.Split(strings.TrimRight(string(argv), "\x00"), "\x00")
 	}
+	own, err := v.holdProcess()
+	if err != nil {
+		unix.Close(fd)
+		return nil, err
+	}
 	go func() {
-		v.status = awaitProcess(fd)
+		v.status = awaitProcess(own)
+		unix.Close(own)
 		close(v.done)
 	}()
 	return v, nil

@@ -6,6 +6,8 @@ import (
 	"io"
 	"net"
 	"os"
+	"os/exec"
+	"path/filepath"
 	"strconv"
 	"strings"
 	"testing"
@@ -47,12 +49,14 @@ func TestLinuxGuest(t *testing.T) {
 func TestGuestsDetectCorruption(t *testing.T) {
 	for _, kind := range []string{"word", "stale", "early", "counter"} {
 		t.Run("mini/"+kind, func(t *testing.T) {
+			t.Parallel()
 			v := Start(t, Config{Guest: Mini, MemoryMiB: 64, WSMiB: 2, Rate: 2000, Append: "sweep=100000 corrupt=" + kind + ":1"})
 			wantBad(t, v)
 		})
 	}
 	for _, kind := range []string{"word", "stale", "early", "counter"} {
 		t.Run("linux/"+kind, func(t *testing.T) {
+			t.Parallel()
 			v := Start(t, Config{WSMiB: 2, Rate: 2000, Append: "GD_CORRUPT=" + kind + ":0"})
 			wantBad(t, v)
 		})
@@ -226,8 +230,12 @@ func TestQEMU10(t *testing.T) {
 
 // Every configuration of the matrix boots and its guest makes progress.
 func TestMatrix(t *testing.T) {
+	if testing.Short() {
+		Skip(t, "short", "boots every configuration")
+	}
 	for _, c := range Matrix() {
 		t.Run(c.Name, func(t *testing.T) {
+			t.Parallel()
 			v := Start(t, c.Prepare(t))
 			v.WaitProgress(t, 200)
 			v.Invariants()
@@ -293,4 +301,48 @@ func TestClocksOverAPause(t *testing.T) {
 		t.Errorf("monotonic went on by %v, the RTC by %v over a pause of %v", mono, rtc, pause)
 	}
 	v.Invariants()
+}
+
+// Files on an ext4 disk outlive the machine, are verified by the next one, and a
+// script from the disk runs.
+func TestDiskAndScript(t *testing.T) {
+	dir := t.TempDir()
+	disk, tree := filepath.Join(dir, "disk"), filepath.Join(dir, "tree")
+	if err := os.Mkdir(tree, 0o755); err != nil {
+		t.Fatal(err)
+	}
+	if err := os.WriteFile(filepath.Join(tree, "run.sh"), []byte("echo script runs on $(uname -s)\nexit 3\n"), 0o755); err != nil {
+		t.Fatal(err)
+	}
+	if out, err := exec.CommandContext(t.Context(), "mke2fs", "-q", "-t", "ext4", "-d", tree, disk, "32M").CombinedOutput(); err != nil {
+		t.Fatalf("%v: %s", err, out)
+	}
+	cfg := Config{Append: "GD_DISK=vda GD_FILES=disk GD_RUN=/mnt/run.sh", Args: []string{
+		"-drive", "if=none,id=d0,format=raw,file=" + disk, "-device", "virtio-blk-pci,drive=d0"}}
+	v := Start(t, cfg)
+	v.WaitSerial(t, `^script runs on Linux`, 20*time.Second)
+	v.WaitSerial(t, `^RUN done status=3`, 20*time.Second)
+	v.WaitSerial(t, `^FILES wrote=[1-9]`, 20*time.Second)
+	v.Invariants()
+	if err := v.Crash(); err != nil {
+		t.Fatal(err)
+	}
+	cfg.Dir = "" // a machine of its own on the same disk
+	next := Start(t, cfg)
+	line := next.WaitSerial(t, `^FILES ready .*next=[1-9]`, 20*time.Second)
+	next.Invariants()
+	t.Log(line)
+}
+
+func TestSkipLineIsStable(t *testing.T) {
+	path := filepath.Join(t.TempDir(), "skips")
+	for range 2 {
+		if err := appendLine(path, skipLine("some-id", "needs %d of them", 3)); err != nil {
+			t.Fatal(err)
+		}
+	}
+	b, err := os.ReadFile(path)
+	if want := "SKIP-REASON some-id: needs 3 of them\n"; err != nil || string(b) != want+want {
+		t.Fatalf("%q %v", b, err)
+	}
 }

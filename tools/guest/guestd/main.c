@@ -156,17 +156,21 @@ static void *reporter(void *arg) {
 	return NULL;
 }
 
-static pid_t run(const char *tty, char *const argv[]) {
+// run starts busybox on a terminal. owner makes that its controlling terminal,
+// for job control; never of the console, which would hang up for all of us when
+// the program ends.
+static pid_t run(const char *tty, bool owner, char *const argv[]) {
 	pid_t pid = fork();
 	if (pid)
 		return pid;
 	setsid();
-	int fd = open(tty, O_RDWR);
+	int fd = open(tty, O_RDWR | O_NOCTTY);
 	if (fd < 0)
 		_exit(127);
 	for (int i = 0; i < 3; i++)
 		dup2(fd, i);
-	ioctl(0, TIOCSCTTY, 0);
+	if (owner)
+		ioctl(0, TIOCSCTTY, 0);
 	char *const env[] = {"PATH=/bin", "HOME=/", "TERM=vt100", NULL};
 	execve("/bin/busybox", argv, env);
 	_exit(127);
@@ -209,13 +213,14 @@ int main(void) {
 	if (param("RUN", NULL)) { // a script, usually on a disk mounted at /mnt
 		char path[256];
 		snprintf(path, sizeof path, "%s", param("RUN", ""));
-		job = run(tty, (char *[]){"sh", path, NULL});
+		job = run(tty, false, (char *[]){"sh", path, NULL});
 	}
 	pid_t shell = 0;
 	for (;;) {
 		if (param("SH", NULL) && !shell) {
-			snprintf(tty, sizeof tty, "/dev/%s", param("SH", "ttyS1"));
-			shell = run(tty, (char *[]){"sh", "-i", NULL});
+			char own[64];
+			snprintf(own, sizeof own, "/dev/%s", param("SH", "ttyS1"));
+			shell = run(own, strcmp(own, tty) != 0, (char *[]){"sh", "-i", NULL});
 		}
 		int status;
 		pid_t pid = wait(&status);
