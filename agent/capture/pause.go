@@ -36,8 +36,8 @@ type pause struct {
 // Timing is what a pause took.
 type Timing struct {
 	PauseNS       int64 // STOP event to RESUME event, by QEMU's clock; 0 if the VM was paused before
-	StopNS        int64 // sending stop to its reply
-	DeviceStateNS int64 // stop's reply to the device state's
+	StopNS        int64 // sending stop to the STOP event
+	DeviceStateNS int64 // STOP event to the device state's reply, the disks' flush between them included
 	InsideNS      int64 // what the mode did
 	ContNS        int64 // sending cont to its reply
 	At            time.Time
@@ -137,11 +137,15 @@ func (p *pause) run(ctx context.Context, inside func(context.Context) error) (tm
 		return tm, errors.Join(p.failed("stop", err), p.resume(ctx, &tm, true))
 	}
 	stopped := calls[0].Done()
-	tm.StopNS = stopped.Sub(begin).Nanoseconds()
 	// QEMU announces STOP before it answers. No announcement: somebody else had
 	// stopped it, and it is not ours to resume.
 	stopEvent, ours := p.event("STOP")
-	if tm.WasRunning = ours; !ours {
+	if tm.WasRunning = ours; ours {
+		// The two replies often arrive in one read, so the event's own time tells
+		// when the machine stood still.
+		stopped = begin.Add(stopEvent.Timestamp.Sub(begin))
+		tm.StopNS = max(0, stopped.Sub(begin).Nanoseconds())
+	} else {
 		p.journal.Resumed()
 	}
 	if err = calls[1].Wait(ctx, nil); err != nil {

@@ -1,0 +1,42 @@
+# ckagent. `make demo` and `make test` are all a newcomer needs; both install what
+# is missing on Debian 12 and say so first.
+
+export PATH := $(PATH):/usr/local/go/bin
+GO       ?= go
+VERSION  ?= $(shell git describe --tags --always --dirty 2>/dev/null || echo devel)
+LDFLAGS  := -s -w -X main.version=$(VERSION)
+
+
+.PHONY: build test demo bench torture lint generate deps clean
+
+build: deps
+	$(GO) build -trimpath -ldflags '$(LDFLAGS)' -o bin/ckagent ./cmd/ckagent
+
+demo: build
+	@echo "everything else goes to ./demo and ./.cache"
+	./bin/ckagent demo --dir demo
+
+# Everything, as root: unit tests, tests on real QEMU guests, the race detector on
+# what is concurrent, the lint, and that the committed eBPF objects are current.
+test: build lint
+	.ci/test
+
+bench: build
+	$(GO) run ./tools/bench/cmd/bench
+
+torture: build
+	.ci/torture
+
+lint: deps
+	@test -z "$$(gofmt -l agent bpf cmd plugins restore tools uffd 2>/dev/null)" || { gofmt -l agent bpf cmd plugins restore tools uffd; exit 1; }
+	$(GO) vet ./...
+	$(GO) tool staticcheck ./...
+
+generate: deps
+	$(GO) generate ./bpf/...
+
+deps:
+	@tools/install/install.sh
+
+clean:
+	rm -rf bin demo
