@@ -1,6 +1,7 @@
 package pager
 
 import (
+	"context"
 	"errors"
 	"fmt"
 	"os"
@@ -173,11 +174,71 @@ func (s *server) unarm() error {
 	return nil
 }
 
+// freeZeros unregisters large rows of zero pages right away: they read as zeros
+// without our help, and the kernel may use huge pages for them. Bounded, because
+// each row splits a mapping in three until the end.
+func (s *server) freeZeros(ctx context.Context) error {
+	const align = hugeBytes / PageBytes
+	for i := range s.lazy {
+		b := &s.lazy[i]
+		if !s.anon[i] {
+			continue
+		}
+		skew := b.HVA / PageBytes % align // of page 0 within a huge page
+		freed := 0
+		for at := uint64(0); at < b.Pages() && freed < maxFreed; {
+			first := (at+skew+align-1)/align*align - skew
+			n := s.zero[i].run(first, b.Pages()) / align * align
+			if n < minFreed {
+				at = max(at, first) + max(n, align)
+				continue
+			}
+			if freed == 0 {
+				ok, err := s.seed(ctx, i)
+				if err != nil {
+					return err
+				}
+				if !ok {
+					break
+				}
+			}
+			if err := s.h.Unregister(b.HVA+first*PageBytes, n*PageBytes); err != nil {
+				return gone(err)
+			}
+			freed++
+			at = first + n
+		}
+	}
+	return nil
+}
+
+// seed brings in one page with content before a mapping is split. The parts of a
+// mapping split while it is empty get reverse maps (anon_vma) of their own and can
+// never become one mapping again, and others know a RAMBlock by its mapping.
+func (s *server) seed(ctx context.Context, block int) (bool, error) {
+	b := &s.lazy[block]
+	r, ok := s.need.Next(Run{Block: block, Pages: b.Pages()})
+	if !ok {
+		// Everything with content is in already, if there is any.
+		return s.zero[block].run(0, b.Pages()) < b.Pages() && s.need.Held() == 0, nil
+	}
+	buf, err := newPinned(PageBytes)
+	if err != nil {
+		return false, err
+	}
+	defer buf.free()
+	if n, _ := s.src.ReadRun(ctx, Ahead, b.ImageBlock, r.First, buf.mem); n != 1 {
+		return false, nil // the drain will find out why
+	}
+	_, err = s.placeRun(buf, 0, Run{Block: block, First: r.First, Pages: 1})
+	return true, err
+}
+
 // collapse asks for huge pages again where most of 2 MiB is in use: memory that
 // was placed page by page has none. Bounded in time; the kernel's own daemon does
 // the rest.
 func (s *server) collapse(budget time.Duration) (bytes uint64) {
-	const huge = 2 << 20
+	const huge = hugeBytes
 	deadline := time.Now().Add(budget)
 	for i := range s.lazy {
 		b := &s.lazy[i]

@@ -1,7 +1,6 @@
 package pager
 
 import (
-	"encoding/json"
 	"errors"
 	"fmt"
 	"path/filepath"
@@ -97,11 +96,7 @@ func (c *Config) resolve() error {
 		if c.ImageDir == "" {
 			return errors.New("neither an image directory nor a source")
 		}
-		params, err := json.Marshal(imageParams{Dir: c.ImageDir})
-		if err != nil {
-			return err
-		}
-		c.Source = &SourceSpec{Kind: SourceImage, Params: params}
+		c.Source = ImageSpec(c.ImageDir)
 	}
 	switch {
 	case c.Self == "" || !filepath.IsAbs(c.RunDir):

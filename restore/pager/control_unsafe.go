@@ -19,15 +19,15 @@ type Phase uint32
 const (
 	PhaseCold       Phase = iota
 	PhaseConfigured       // the configuration is in the run directory
-	PhaseFailed           // Start failed; nothing of it remains
 	PhaseServing          // armed; faults are served, the drain is under way
 	PhaseDamaged          // everything is in but pages that cannot be had
 	PhaseReleasing        // everything is in; nothing of the source is needed any more
 	PhaseDone             // unregistered and closed
+	PhaseFailed           // Start failed; nothing of it remains
 	PhaseGone             // the process ended first
 )
 
-var phaseNames = [...]string{"cold", "configured", "failed", "serving", "damaged", "releasing", "done", "gone"}
+var phaseNames = [...]string{"cold", "configured", "serving", "damaged", "releasing", "done", "failed", "gone"}
 
 func (p Phase) String() string {
 	if int(p) < len(phaseNames) {
@@ -37,7 +37,7 @@ func (p Phase) String() string {
 }
 
 // over reports that neither process has anything left to do.
-func (p Phase) over() bool { return p == PhaseFailed || p == PhaseDone || p == PhaseGone }
+func (p Phase) over() bool { return p >= PhaseDone }
 
 // seat is who does one of the two jobs, and the last sign of life.
 type seat struct {
@@ -167,10 +167,26 @@ func (c *control) close() {
 
 func (c *control) phaseNow() Phase { return Phase(c.phase.Load()) }
 
-// setPhase publishes a phase and wakes who waits for one.
-func (c *control) setPhase(p Phase) {
-	c.phase.Store(uint32(p))
-	c.wake()
+// advance publishes a phase, unless somebody got further already, and wakes who
+// waits for one. It reports whether p is the phase now.
+func (c *control) advance(p Phase) bool {
+	for {
+		old := c.phaseNow()
+		if old >= p {
+			return old == p
+		}
+		if c.phase.CompareAndSwap(uint32(old), uint32(p)) {
+			c.wake()
+			return true
+		}
+	}
+}
+
+// undamage goes back from damaged to serving.
+func (c *control) undamage() {
+	if c.phase.CompareAndSwap(uint32(PhaseDamaged), uint32(PhaseServing)) {
+		c.wake()
+	}
 }
 
 func (c *control) wake() {

@@ -15,6 +15,15 @@ type imageParams struct {
 	Dir string `json:"dir"`
 }
 
+// ImageSpec is the SourceSpec of a checkpoint's directory.
+func ImageSpec(dir string) *SourceSpec {
+	params, err := json.Marshal(imageParams{Dir: dir})
+	if err != nil {
+		panic(err) // a string always has an encoding
+	}
+	return &SourceSpec{Kind: SourceImage, Params: params}
+}
+
 func openImage(ctx context.Context, params json.RawMessage) (PageSource, error) {
 	var p imageParams
 	if err := unmarshalStrict(params, &p); err != nil {

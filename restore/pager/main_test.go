@@ -36,6 +36,8 @@ func TestMain(m *testing.M) {
 			err = SuperviseMain(context.Background(), os.Args[2:])
 		case verbTarget:
 			err = targetMain(os.Args[2])
+		case verbTouch:
+			err = touchMain(os.Args[2])
 		default:
 			goleak.VerifyTestMain(m)
 			return
@@ -57,10 +59,10 @@ type testBlock struct {
 	HasCow bool // the target writes to its pages too
 }
 
-// pageOf is the content of a page: a quarter are zero, in runs and alone.
+// pageOf is the content of a page: many are zero, in long rows, in short ones and alone.
 func pageOf(block int, page uint64, dst []byte) {
 	clear(dst)
-	if page/64%4 == 1 || page%7 == 3 {
+	if page/64%4 == 1 || page%7 == 3 || page/2048%4 == 2 {
 		return
 	}
 	x := uint64(block+1)<<48 ^ page*0x9e3779b97f4a7c15
@@ -104,12 +106,8 @@ func writeTestImage(tb testing.TB, blocks []testBlock, compress string) string {
 	if err != nil {
 		tb.Fatal(err)
 	}
-	m := &image.Manifest{Format: image.FormatName, Version: image.FormatMajor, Minor: image.FormatMinor,
-		ID: "20260102T030405678-0123abcd", VM: "test", CreatedAt: time.Unix(1767323045, 0), Mode: "stop", Engine: "none",
-		QEMU:    image.QEMU{Version: "7.2.0", BinaryPath: "/usr/bin/qemu-system-x86_64"},
-		Machine: image.Machine{Type: "pc-i440fx-7.2", Accel: "tcg", Argv: []string{"qemu"}},
-		Hot:     image.HotRuns{{Block: 0, First: 16, Pages: 16}}}
-	s.Apply(m)
+	m := testManifest(s)
+	m.Hot = image.HotRuns{{Block: 0, First: 16, Pages: 16}}
 	b, err := image.EncodeManifest(m)
 	if err != nil {
 		tb.Fatal(err)
@@ -118,6 +116,15 @@ func writeTestImage(tb testing.TB, blocks []testBlock, compress string) string {
 		tb.Fatal(err)
 	}
 	return dir
+}
+
+func testManifest(s image.Summary) *image.Manifest {
+	m := &image.Manifest{Format: image.FormatName, Version: image.FormatMajor, Minor: image.FormatMinor,
+		ID: "20260102T030405678-0123abcd", VM: "test", CreatedAt: time.Unix(1767323045, 0), Mode: "stop", Engine: "none",
+		QEMU:    image.QEMU{Version: "7.2.0", BinaryPath: "/usr/bin/qemu-system-x86_64"},
+		Machine: image.Machine{Type: "pc-i440fx-7.2", Accel: "tcg", Argv: []string{"qemu"}}}
+	s.Apply(m)
+	return m
 }
 
 // target is the process that is paged in.

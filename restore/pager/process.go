@@ -9,7 +9,6 @@ import (
 	"os"
 	"path/filepath"
 	"sync"
-	"time"
 
 	"golang.org/x/sys/unix"
 
@@ -135,7 +134,7 @@ func (w *Warm) Abort() {
 		w.ctl.close()
 		w.ctl = nil
 	}
-	_ = os.Remove(filepath.Join(w.runDir, logFile))
+	removeFiles(w.runDir)
 }
 
 // Process is a running pager as its starter sees it. One goroutine of its own
@@ -184,7 +183,7 @@ func (w *Warm) Start(ctx context.Context, cfg Config) (_ *Process, err error) {
 	w.ctl.startNS.Store(now)
 	w.ctl.worker.beatNS.Store(now + graceNS)
 	w.ctl.supervisor.beatNS.Store(now + graceNS)
-	w.ctl.setPhase(PhaseConfigured)
+	w.ctl.advance(PhaseConfigured)
 	for _, l := range w.leashes {
 		if _, err := l.Write([]byte{1}); err != nil {
 			return nil, problem.New(problem.Failed, "start pager", cfg.RunDir, "%w", err).
@@ -195,7 +194,7 @@ func (w *Warm) Start(ctx context.Context, cfg Config) (_ *Process, err error) {
 	w.leashes = nil
 	for w.ctl.phaseNow() == PhaseConfigured {
 		if err := ctx.Err(); err != nil {
-			w.ctl.setPhase(PhaseFailed)
+			w.ctl.advance(PhaseFailed)
 			w.end()
 			return nil, problem.New(problem.CodeOf(err), "start pager", cfg.RunDir, "%w", err)
 		}
@@ -367,6 +366,3 @@ func unmarshalStrict(b []byte, v any) error {
 	d.DisallowUnknownFields()
 	return d.Decode(v)
 }
-
-// deadline bounds what Resume waits for a new worker.
-const resumeLimit = 10 * time.Second

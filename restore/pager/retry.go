@@ -96,7 +96,7 @@ func (s *server) retrier(ctx context.Context) {
 				s.end(err)
 				return
 			}
-			s.ctl.phase.CompareAndSwap(uint32(PhaseDamaged), uint32(PhaseServing))
+			s.ctl.undamage()
 			s.nudge()
 		}
 		rest := trials[:0]
@@ -151,9 +151,9 @@ func (s *server) condemn(first error) error {
 	}
 	switch left := s.need.Left(); {
 	case held > 0 && s.known.Load() && left == s.need.Held() && s.ctl.phaseNow() == PhaseServing:
-		s.ctl.setPhase(PhaseDamaged)
-	case s.need.Held() == 0 && s.ctl.phaseNow() == PhaseDamaged:
-		s.ctl.setPhase(PhaseServing)
+		s.ctl.advance(PhaseDamaged)
+	case s.need.Held() == 0:
+		s.ctl.undamage()
 	}
 	return nil
 }

@@ -4,6 +4,7 @@ import (
 	"context"
 	"errors"
 	"fmt"
+	"math/bits"
 	"sort"
 	"sync"
 	"sync/atomic"
@@ -22,7 +23,12 @@ var errReleased = errors.New("memory is not registered any more")
 const (
 	faultBatch = 4  // messages read at once: what queues behind one thread
 	aheadLimit = 32 // pages a fault thread reads ahead for a walking vCPU
+	zeroAhead  = 16 // zero pages mapped per fault
 	hintQueue  = 256
+
+	hugeBytes = 2 << 20
+	minFreed  = 4 << 20 / PageBytes // a row of zero pages worth a mapping of its own
+	maxFreed  = 256                 // of them per block
 )
 
 // hint is a fault, told to the drain.
@@ -46,6 +52,7 @@ type server struct {
 
 	lazy  []Block  // sorted by HVA
 	zero  []bitmap // pages recorded as zero
+	anon  []bool   // private memory without a file
 	need  *order.Need
 	known atomic.Bool // load has seen everything
 	zeros *pinned     // one page of zeros
@@ -81,6 +88,19 @@ func (b bitmap) add(first, pages uint64) {
 		b[p/64] |= 1 << (p % 64)
 		p++
 	}
+}
+
+// run is how many pages from first on, but before end, are set.
+func (b bitmap) run(first, end uint64) (n uint64) {
+	for p := first; p < end; {
+		word := ^b[p/64] >> (p % 64)
+		if word != 0 {
+			p += uint64(bits.TrailingZeros64(word))
+			return min(p, end) - first
+		}
+		p = p - p%64 + 64
+	}
+	return max(end, first) - first
 }
 
 // threadState lets the heartbeat see a fault thread that hangs in its own code.
@@ -125,6 +145,11 @@ func (s *server) prepare() error {
 		pages[i] = b.Pages()
 		s.zero[i] = make(bitmap, (pages[i]+63)/64)
 		byImage[b.ImageBlock] = i
+		anon, err := allAnonymous(s.cfg.QEMUPID, b.HVA, b.HVA+b.Bytes)
+		if err != nil {
+			return gone(err)
+		}
+		s.anon = append(s.anon, anon)
 	}
 	s.need = order.NewNeed(pages)
 	hot := s.cfg.Hot
@@ -263,13 +288,9 @@ func (s *server) serve(ctx context.Context, index int) {
 func (s *server) fault(ctx context.Context, me *threadState, buf *pinned, block int, page uint64, write bool) error {
 	b := &s.lazy[block]
 	dst := b.HVA + page*PageBytes
-	zero, _, err := s.src.Extent(b.ImageBlock, page, 1)
+	zero, zeros, err := s.src.Extent(b.ImageBlock, page, zeroAhead)
 	if err == nil && zero {
-		s.ctl.zeroFaults.Add(1)
-		if write {
-			return s.settle(block, page, s.place(dst, s.zeros, PageBytes))
-		}
-		return s.settle(block, page, s.placeZero(dst))
+		return s.zeroFault(block, page, zeros, write)
 	}
 	if s.need.IsHeld(block, page) {
 		return nil // known to be bad; the retrier is at it
@@ -286,6 +307,32 @@ func (s *server) fault(ctx context.Context, me *threadState, buf *pinned, block 
 		return nil
 	}
 	return s.settle(block, page, s.place(dst, buf, PageBytes))
+}
+
+// zeroFault answers a fault of a page recorded as zero, and spares a thread that
+// goes on into the zero pages behind it most of its faults: mapped to the kernel's
+// zero page they take no memory, and a later write is an ordinary one.
+func (s *server) zeroFault(block int, page, zeros uint64, write bool) error {
+	s.ctl.zeroFaults.Add(1)
+	dst := s.lazy[block].HVA + page*PageBytes
+	var errno unix.Errno
+	if write {
+		errno = s.place(dst, s.zeros, PageBytes)
+	} else {
+		errno = s.placeZero(dst)
+	}
+	if errno == unix.ENOENT {
+		// freeZeros was faster; unregistering has woken the thread.
+		return nil
+	}
+	if err := s.settle(block, page, errno); err != nil {
+		return err
+	}
+	if s.anon[block] && zeros > 1 {
+		// Stops at the first page that is there; nobody waits for any of them.
+		_, _ = s.h.ZeroPageRaw(dst+PageBytes, (zeros-1)*PageBytes, 0)
+	}
+	return nil
 }
 
 // settle books a page as being there.

@@ -35,7 +35,6 @@ type state struct {
 	Damage *damage  `json:"damage,omitempty"`
 	Final  *Stats   `json:"final,omitempty"`
 	Notes  []string `json:"notes,omitempty"` // what could not be done, though nothing was lost
-	Armed  bool     `json:"armed"`           // the proof that nothing was present has been made
 }
 
 // failure is a problem.Error on its way between processes.
@@ -179,8 +178,12 @@ func startTicks(pid int) (ticks uint64, stateLetter byte, err error) {
 
 // cleanUp removes our files, and the directory if nothing else is in it.
 func cleanUp(dir string) {
+	removeFiles(dir)
+	_ = os.Remove(dir)
+}
+
+func removeFiles(dir string) {
 	for _, name := range []string{seatsFile, stateFile, logFile, lockFile} {
 		_ = os.Remove(filepath.Join(dir, name))
 	}
-	_ = os.Remove(dir)
 }

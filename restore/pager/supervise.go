@@ -25,6 +25,7 @@ func SuperviseMain(ctx context.Context, args []string) error {
 		return problem.New(problem.Failed, "start", VerbSupervisor, "%w", err)
 	}
 	defer ctl.close()
+	protect()
 	leave := joinCgroup(cgroupName(supervisorRole.name, os.Getpid()))
 	defer leave()
 	if !o.resume && !holdLeash() {
@@ -55,8 +56,9 @@ func supervise(ctx context.Context, o *options, ctl *control) error {
 	me.works.Add(1)
 	pidfd, err := openTarget(&st.Config)
 	if err != nil {
-		ctl.phase.CompareAndSwap(uint32(PhaseServing), uint32(PhaseGone))
-		ctl.wake()
+		if !ctl.phaseNow().over() {
+			ctl.advance(PhaseGone)
+		}
 		return nil
 	}
 	defer unix.Close(pidfd)
@@ -88,7 +90,7 @@ func supervise(ctx context.Context, o *options, ctl *control) error {
 		return nil
 	}
 	if !alive(pidfd) && !ctl.phaseNow().over() {
-		ctl.setPhase(PhaseGone)
+		ctl.advance(PhaseGone)
 	}
 	awaitExit(int(ctl.worker.pid.Load()), ctl.worker.start.Load(), lastWords)
 	w.reap()

@@ -88,6 +88,7 @@ func Main(ctx context.Context, args []string, openers map[string]Opener) error {
 		return problem.New(problem.Failed, "start", VerbWorker, "%w", err)
 	}
 	defer ctl.close()
+	protect()
 	leave := joinCgroup(cgroupName(workerRole.name, os.Getpid()))
 	defer leave()
 	w := &worker{o: o, ctl: ctl, openers: map[string]Opener{SourceImage: openImage}}
@@ -133,7 +134,7 @@ func (w *worker) main(ctx context.Context) error {
 		return nil
 	case errors.Is(err, uffd.ErrGone):
 		return w.finish(PhaseGone)
-	case w.ctl.phaseNow() < PhaseServing && !w.ctl.phaseNow().over():
+	case w.ctl.phaseNow() < PhaseServing:
 		w.mu.Lock()
 		w.st.Error = asFailure(err)
 		w.mu.Unlock()
@@ -146,7 +147,7 @@ func (w *worker) main(ctx context.Context) error {
 func (w *worker) finish(p Phase) error {
 	final := statsOf(w.ctl)
 	err := w.update(p, func(st *state) { st.Final = &final })
-	w.ctl.setPhase(p)
+	w.ctl.advance(p)
 	if w.ctl.has(flagDetached) && !w.supervised() {
 		cleanUp(w.o.runDir)
 	}
@@ -168,7 +169,7 @@ func (w *worker) update(p Phase, change func(*state)) error {
 	w.mu.Lock()
 	defer w.mu.Unlock()
 	change(w.st)
-	w.st.Phase = p.String()
+	w.st.Phase = max(p, w.ctl.phaseNow()).String()
 	return writeFile(w.o.runDir, stateFile, w.st)
 }
 
@@ -292,9 +293,16 @@ func (w *worker) serve(ctx context.Context, h *uffd.Handle, pidfd int, b *beater
 		w.ctl.armedNS.Store(nowNS())
 	} else {
 		w.ctl.badPages.Store(0)
+		w.ctl.undamage()
 	}
-	// From here on pages come in; a successor must not ask for proof that none is.
-	w.ctl.setPhase(PhaseServing)
+	// From here on pages come in; a successor must not ask for proof that none is,
+	// whether it learns of it from the control memory or from the file.
+	if err := w.update(PhaseServing, func(*state) {}); err != nil {
+		return err
+	}
+	if !w.ctl.advance(PhaseServing) {
+		return errSuperseded // by one that is further
+	}
 
 	inner, cancel := context.WithCancel(ctx)
 	var wg sync.WaitGroup
@@ -310,6 +318,9 @@ func (w *worker) serve(ctx context.Context, h *uffd.Handle, pidfd int, b *beater
 		if err == nil && again {
 			err = s.relearn(pm)
 		}
+		if err == nil {
+			err = s.freeZeros(inner)
+		}
 		if err != nil {
 			s.end(err)
 			return
@@ -322,8 +333,6 @@ func (w *worker) serve(ctx context.Context, h *uffd.Handle, pidfd int, b *beater
 	wg.Go(func() { s.retrier(inner) })
 	if again {
 		wg.Go(func() { s.rewake(inner) })
-	} else if err := w.update(PhaseServing, func(st *state) { st.Armed = true }); err != nil {
-		w.log("%v", err)
 	}
 	select {
 	case err = <-s.fail:
@@ -365,7 +374,7 @@ func (w *worker) letGo(ctx context.Context, s *server, pidfd int) error {
 	if err := w.update(PhaseReleasing, func(*state) {}); err != nil {
 		w.log("%v", err)
 	}
-	w.ctl.setPhase(PhaseReleasing)
+	w.ctl.advance(PhaseReleasing)
 	if s != nil {
 		if err := s.unarm(); err != nil {
 			return gone(err)
