@@ -146,7 +146,7 @@ func (c *Client) ExecuteFD(ctx context.Context, command string, args, out any, f
 			return fmt.Errorf("qmp %s: not sent: %w", command, context.Cause(ctx))
 		}
 	}
-	calls, err := c.start(ctx, []*Request{req}, files)
+	calls, err := c.start(ctx, 0, []*Request{req}, files)
 	if err != nil {
 		return fmt.Errorf("qmp %s: %w", command, err)
 	}
@@ -167,7 +167,7 @@ func (c *Client) HMP(ctx context.Context, line string) (string, error) {
 // Send puts several commands on the wire in one write; QEMU carries them out in
 // this order. It gives up after two seconds of QEMU not reading.
 func (c *Client) Send(reqs ...*Request) ([]*Call, error) {
-	calls, err := c.start(nil, reqs, nil)
+	calls, err := c.start(context.Background(), sendTimeout, reqs, nil)
 	if err != nil {
 		return nil, fmt.Errorf("qmp %s: %w", commands(reqs), err)
 	}

@@ -76,7 +76,7 @@ func startQEMU(t *testing.T, dir, wait string, prepare func(*exec.Cmd), args ...
 
 // awaitListening polls with short connections to nobody: it looks at the
 // process's socket table only.
-func awaitListening(t *testing.T, pid int, path string) {
+func awaitListening(t testing.TB, pid int, path string) {
 	t.Helper()
 	tick := time.NewTicker(2 * time.Millisecond)
 	defer tick.Stop()

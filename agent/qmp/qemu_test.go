@@ -3,6 +3,7 @@ package qmp
 import (
 	"errors"
 	"os"
+	"os/exec"
 	"path/filepath"
 	"slices"
 	"strings"
@@ -209,4 +210,48 @@ func TestBusy(t *testing.T) {
 	}
 	again := dial(t, Endpoint{Network: "unix", Address: sock, PID: q.pid})
 	_ = again
+}
+
+// BenchmarkStopCont is a pause that contains nothing, on a real QEMU: both
+// commands in one write, from the STOP event to the RESUME event as received,
+// and as QEMU's own clock saw it.
+func BenchmarkStopCont(b *testing.B) {
+	bin, err := exec.LookPath("qemu-system-x86_64")
+	if err != nil {
+		b.Skip("qemu-system-x86_64 is not installed")
+	}
+	sock := filepath.Join(b.TempDir(), "q.sock")
+	cmd := exec.Command(bin, append(qmpAt(sock), "-machine", "pc", "-m", "16", "-accel", "tcg", "-display", "none", "-nodefaults")...)
+	if err := cmd.Start(); err != nil {
+		b.Fatal(err)
+	}
+	defer func() {
+		_ = cmd.Process.Kill()
+		_ = cmd.Wait()
+	}()
+	awaitListening(b, cmd.Process.Pid, sock)
+	c, err := DialPID(b.Context(), cmd.Process.Pid)
+	if err != nil {
+		b.Fatal(err)
+	}
+	defer c.Close()
+	sub := c.Subscribe(4, "STOP", "RESUME")
+	defer sub.Close()
+	stop, _ := Encode("stop", nil)
+	cont, _ := Encode("cont", nil)
+	var seen, own, noted time.Duration
+	n := 0
+	for b.Loop() {
+		if _, err := c.Send(stop, cont); err != nil {
+			b.Fatal(err)
+		}
+		s, r := <-sub.C(), <-sub.C()
+		noted += time.Since(r.Received)
+		seen += r.Received.Sub(s.Received)
+		own += r.Timestamp.Sub(s.Timestamp)
+		n++
+	}
+	b.ReportMetric(float64(seen.Nanoseconds())/float64(n), "ns-pause-received/op")
+	b.ReportMetric(float64(own.Nanoseconds())/float64(n), "ns-pause-qemu/op")
+	b.ReportMetric(float64(noted.Nanoseconds())/float64(n), "ns-hop/op")
 }
