@@ -45,8 +45,8 @@ type Timing struct {
 }
 
 const (
-	resumeTimeout = 5 * time.Second // for cont, which must not depend on a cancelled context
-	pauseTimeout  = 30 * time.Second
+	resumeTimeout = 5 * time.Second  // for cont, which must not depend on a cancelled context
+	stopTimeout   = 30 * time.Second // for stop, with its flush of the disks, and the device state
 )
 
 // newPause prepares. The caller closes it.
@@ -121,7 +121,7 @@ func (p *pause) run(ctx context.Context, inside func(context.Context) error) (tm
 	if err := p.state.Truncate(0); err != nil {
 		return tm, err
 	}
-	ctx, cancel := context.WithTimeout(ctx, pauseTimeout)
+	asked, cancel := context.WithTimeout(ctx, stopTimeout)
 	defer cancel()
 	begin := time.Now()
 	tm.At = begin.UTC()
@@ -132,7 +132,7 @@ func (p *pause) run(ctx context.Context, inside func(context.Context) error) (tm
 		// to put right.
 		return tm, errors.Join(p.failed("stop", err), p.resume(ctx, &tm, true))
 	}
-	err = calls[0].Wait(ctx, nil)
+	err = calls[0].Wait(asked, nil)
 	if err != nil {
 		return tm, errors.Join(p.failed("stop", err), p.resume(ctx, &tm, true))
 	}
@@ -148,7 +148,7 @@ func (p *pause) run(ctx context.Context, inside func(context.Context) error) (tm
 	} else {
 		p.journal.Resumed()
 	}
-	if err = calls[1].Wait(ctx, nil); err != nil {
+	if err = calls[1].Wait(asked, nil); err != nil {
 		err = p.failed("save the device state", err)
 	} else {
 		saved := calls[1].Done()

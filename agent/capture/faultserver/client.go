@@ -167,10 +167,17 @@ func (c *Client) send(o op) error {
 // receive waits for a reply. A server that died is a capture that failed: the
 // kernel has let go for it.
 func (c *Client) receive(ctx context.Context) error {
-	stop := context.AfterFunc(ctx, func() { _ = c.conn.SetReadDeadline(time.Unix(1, 0)) })
+	interrupted := make(chan error, 1)
+	stop := context.AfterFunc(ctx, func() { interrupted <- c.conn.SetReadDeadline(time.Unix(1, 0)) })
 	n, err := c.conn.Read(c.buf)
 	if !stop() {
-		return errors.Join(ctx.Err(), c.conn.SetReadDeadline(time.Time{}))
+		// The deadline was set or is being set: only then can it be taken back. A
+		// reply that came at the same moment is as good as any.
+		err = errors.Join(<-interrupted, c.conn.SetReadDeadline(time.Time{}), err)
+		if n == 0 {
+			return errors.Join(ctx.Err(), err)
+		}
+		err = nil
 	}
 	if err == nil && n == 0 {
 		err = io.EOF
