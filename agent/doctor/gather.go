@@ -5,6 +5,7 @@ import (
 	"bytes"
 	"context"
 	"errors"
+	"fmt"
 	"os"
 	"os/exec"
 	"path/filepath"
@@ -68,7 +69,8 @@ func Gather(ctx context.Context, o Options) *Facts {
 	return f
 }
 
-// tryCollapse makes 2 MiB of memory of ours into a huge page.
+// tryCollapse splits a huge page of memory of ours and makes it whole again, as
+// is done after a checkpoint. Linux 6.1 has the call but refuses such pages.
 func tryCollapse() error {
 	const huge = 2 << 20
 	b, err := unix.Mmap(-1, 0, 2*huge, unix.PROT_READ|unix.PROT_WRITE, unix.MAP_PRIVATE|unix.MAP_ANONYMOUS)
@@ -77,19 +79,25 @@ func tryCollapse() error {
 	}
 	defer unix.Munmap(b)
 	in := b[alignSkip(b, huge):][:huge]
-	if err := unix.Madvise(in, unix.MADV_NOHUGEPAGE); err != nil {
+	if err := unix.Madvise(in, unix.MADV_HUGEPAGE); err != nil {
 		return err
 	}
 	in[0] = 1
-	if err := unix.Madvise(in, unix.MADV_HUGEPAGE); err != nil {
-		return err
+	one := in[:os.Getpagesize()]
+	for _, prot := range []int{unix.PROT_READ, unix.PROT_READ | unix.PROT_WRITE} {
+		if err := unix.Mprotect(one, prot); err != nil {
+			return err
+		}
 	}
 	err = unix.Madvise(in, unix.MADV_COLLAPSE)
 	// Busy or out of huge pages just now: the call exists.
 	if errors.Is(err, unix.EAGAIN) || errors.Is(err, unix.ENOMEM) || errors.Is(err, unix.EBUSY) {
 		return nil
 	}
-	return err
+	if err != nil {
+		return fmt.Errorf("a split huge page cannot be made whole: %w", err)
+	}
+	return nil
 }
 
 func gatherHugePages() HugePageFacts {

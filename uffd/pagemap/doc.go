@@ -26,6 +26,7 @@
 //	anonymous                                MADV_DONTNEED                  -          false     false
 //	                                         MADV_FREE (until reclaimed)    -          true      true
 //	                                         unmapped, mapped anew          -          false     false
+//	                                         merged with equal pages (KSM)  -          false     false
 //	tmpfs private, own copy of the page      MADV_DONTNEED: file shows      -          TRUE      false
 //	memfd shared                             MADV_DONTNEED: content stays   -          true      true once read
 //	                                         punched hole, MADV_REMOVE      -          TRUE      TRUE once read
@@ -43,6 +44,10 @@
 // proves that no announcement is outstanding. Direct I/O that pinned a page
 // before the arm writes past every mark: arm only while the disks are flushed
 // and the machine is stopped.
+//
+// All of it holds on Linux 6.18 and, without WP_UNPOPULATED, WP_ASYNC and
+// PAGEMAP_SCAN, on 6.1, with one exception: MADV_COLLAPSE on 6.1 does not make a
+// huge page whole again that a store has split.
 //
 // # Concurrency and life cycle
 //
