@@ -70,7 +70,7 @@ func Gather(ctx context.Context, o Options) *Facts {
 }
 
 // tryCollapse splits a huge page of memory of ours and makes it whole again, as
-// is done after a checkpoint. Linux 6.1 has the call but refuses such pages.
+// is done after a checkpoint.
 func tryCollapse() error {
 	const huge = 2 << 20
 	b, err := unix.Mmap(-1, 0, 2*huge, unix.PROT_READ|unix.PROT_WRITE, unix.MAP_PRIVATE|unix.MAP_ANONYMOUS)

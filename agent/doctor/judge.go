@@ -124,7 +124,7 @@ func judgeKernel(f *Facts) []Check {
 	if f.Collapse != nil {
 		c.Status, c.Detail = Missing, reason(f.Collapse)
 		c.Costs = "huge pages split by a checkpoint stay split until the kernel's own daemon finds them"
-		c.Mend = "a kernel newer than 6.1 with transparent huge pages"
+		c.Mend = "Linux 6.1 or later with transparent huge pages"
 	}
 	add(c)
 	return out

@@ -46,8 +46,9 @@
 // and the machine is stopped.
 //
 // All of it holds on Linux 6.18 and, without WP_UNPOPULATED, WP_ASYNC and
-// PAGEMAP_SCAN, on 6.1, with one exception: MADV_COLLAPSE on 6.1 does not make a
-// huge page whole again that a store has split.
+// PAGEMAP_SCAN, on 6.1, with one exception: on 6.1 MADV_COLLAPSE answers EINVAL
+// for a huge page that was split while armed, also after it was let go (one split
+// by mprotect it makes whole).
 //
 // # Concurrency and life cycle
 //

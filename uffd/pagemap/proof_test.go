@@ -167,7 +167,7 @@ func TestHugePages(t *testing.T) {
 	}
 	if err := unix.Madvise(r.b[huge:2*huge], unix.MADV_COLLAPSE); err != nil {
 		if !r.pm.CanScan() && errors.Is(err, unix.EINVAL) {
-			t.Skip("Linux 6.1 does not make a page whole that a store has split")
+			t.Skip("Linux 6.1 does not make a page whole that was split while armed")
 		}
 		t.Errorf("collapse after letting go: %v", err)
 	}
