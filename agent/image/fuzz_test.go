@@ -73,15 +73,22 @@ func FuzzPagemap(f *testing.F) {
 			return b
 		})
 	}
-	imgs := map[bool]func() (*memfs.FS, *Manifest){}
+	type img struct {
+		fs      *memfs.FS
+		m       *Manifest
+		pagemap []byte
+	}
+	imgs := map[bool]img{}
 	for raw, codec := range map[bool]string{true: "none", false: "zstd"} {
 		fs, m, _, _ := smallImage(f, codec)
-		imgs[raw] = func() (*memfs.FS, *Manifest) { return fs, m }
+		i := img{fs: fs, m: m}
+		fs.Update("/"+m.Pagemap.Name, func(b []byte) []byte { i.pagemap = bytes.Clone(b); return b })
+		imgs[raw] = i
 	}
 	f.Fuzz(func(t *testing.T, entries, head []byte, raw bool) {
-		fs, m0 := imgs[raw]()
-		m := *m0
-		fs.Update("/"+m.Pagemap.Name, func(b []byte) []byte {
+		fs, m := imgs[raw].fs, *imgs[raw].m
+		fs.Update("/"+m.Pagemap.Name, func([]byte) []byte {
+			b := bytes.Clone(imgs[raw].pagemap) // no trace of the run before
 			copy(b[m.Pagemap.HeadBytes:], entries)
 			copy(b, head[:min(len(head), headerBytes+recordBytes)])
 			table := chunkTable(len(m.Blocks))

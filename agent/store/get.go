@@ -2,6 +2,8 @@ package store
 
 import (
 	"context"
+	"errors"
+	"io/fs"
 	"path/filepath"
 	"strings"
 	"sync"
@@ -39,38 +41,65 @@ type Selection struct {
 func (s *Store) Get(ctx context.Context, ref string, o GetOptions) (Selection, error) {
 	const op = "find checkpoint"
 	vm, only := strings.CutPrefix(ref, "vm:")
-	list, err := s.committedOf(op, vm)
-	if err != nil {
-		return Selection{}, err
-	}
-	if len(list) == 0 {
-		if only {
-			if _, err := s.vmDirs(op); err != nil {
-				return Selection{}, err
-			}
-			return Selection{}, s.noVM(op, vm)
-		}
-		c, err := s.resolveID(ctx, op, ref)
+	// Retention may remove what was listed a moment ago; what it leaves is newer,
+	// so that a second look finds it.
+	for range 3 {
+		list, err := s.committedOf(op, vm)
 		if err != nil {
 			return Selection{}, err
 		}
-		list = []candidate{c}
+		if len(list) == 0 {
+			if only {
+				if _, err := s.vmDirs(op); err != nil {
+					return Selection{}, err
+				}
+				return Selection{}, s.noVM(op, vm)
+			}
+			c, err := s.resolveID(ctx, op, ref)
+			if err != nil {
+				return Selection{}, err
+			}
+			list = []candidate{c}
+		}
+		sel, err := s.choose(ctx, list, o)
+		if err != errGone {
+			return sel, err
+		}
 	}
+	return Selection{}, problem.New(problem.Busy, op, ref, "checkpoints vanish faster than they can be read")
+}
+
+var errGone = errors.New("all of them were removed meanwhile")
+
+// choose takes the first of these that verifies.
+func (s *Store) choose(ctx context.Context, list []candidate, o GetOptions) (Selection, error) {
 	var sel Selection
 	for _, c := range list {
 		err := s.check(ctx, c, o)
 		if err == nil {
 			sel.Info, _, err = s.info(c)
 		}
-		if err == nil {
+		switch {
+		case err == nil:
 			return sel, nil
-		}
-		if !problem.Is(err, problem.Integrity) && !problem.Is(err, problem.Refused) && !problem.Is(err, problem.NotFound) {
+		case s.gone(c):
+			// Removed while we looked: neither damaged nor skipped.
+		case problem.Is(err, problem.Integrity), problem.Is(err, problem.Refused):
+			sel.Skipped = append(sel.Skipped, Skipped{c.id, err})
+		default:
 			return sel, err // the store fails, not this checkpoint: do not call it damaged
 		}
-		sel.Skipped = append(sel.Skipped, Skipped{c.id, err})
+	}
+	if len(sel.Skipped) == 0 {
+		return sel, errGone
 	}
 	return sel, sel.Skipped[0].Err
+}
+
+// gone reports whether a checkpoint that existed does not any more.
+func (s *Store) gone(c candidate) bool {
+	_, err := s.fs.Stat(manifestPath(c.dir))
+	return errors.Is(err, fs.ErrNotExist)
 }
 
 // check verifies a checkpoint, shallow or deep.

@@ -1,0 +1,332 @@
+package store
+
+import (
+	"bufio"
+	"context"
+	"errors"
+	"fmt"
+	"os/exec"
+	"path/filepath"
+	"strings"
+	"testing"
+	"time"
+
+	"golang.org/x/sys/unix"
+
+	"github.com/ckagent/ckagent/agent/image/fsys"
+	"github.com/ckagent/ckagent/agent/image/fsys/memfs"
+	"github.com/ckagent/ckagent/agent/problem"
+)
+
+// with is the store as seen by somebody else.
+func (s *Store) with(change func(id *identity)) *Store {
+	other := &Store{fs: s.fs, dir: s.dir, id: s.id, now: s.now, mu: make(chan struct{}, 1)}
+	change(&other.id)
+	return other
+}
+
+func newStore(t *testing.T) *Store {
+	t.Helper()
+	s, err := OpenFS(memfs.New(1<<30), "/store")
+	if err != nil {
+		t.Fatal(err)
+	}
+	return s
+}
+
+func commitOne(t *testing.T, s *Store, vm string) string {
+	t.Helper()
+	txn, err := s.Begin(context.Background(), vm)
+	if err != nil {
+		t.Fatal(err)
+	}
+	m := fill(t, txn, "none")
+	if err := txn.Commit(context.Background(), m); err != nil {
+		t.Fatal(err)
+	}
+	return txn.ID()
+}
+
+func TestLeasesOfOthers(t *testing.T) {
+	ctx := context.Background()
+	for name, c := range map[string]struct {
+		change func(id *identity)
+		state  LeaseState
+	}{
+		"same process":  {func(id *identity) {}, Live},
+		"another host":  {func(id *identity) { id.host = "far+00000000" }, Unknown},
+		"host rebooted": {func(id *identity) { id.bootID = "later" }, Dead},
+		"other pid namespace": {func(id *identity) {
+			id.pidSpace = "1"
+			id.alive = func(int, uint64) bool { return false }
+		}, Unknown},
+		"process gone": {func(id *identity) { id.alive = func(int, uint64) bool { return false } }, Dead},
+	} {
+		t.Run(name, func(t *testing.T) {
+			s := newStore(t)
+			read := commitOne(t, s, "a")
+			commitOne(t, s, "a")
+			img, err := s.OpenImage(ctx, read)
+			if err != nil {
+				t.Fatal(err)
+			}
+			defer img.Close()
+			txn, err := s.Begin(ctx, "a")
+			if err != nil {
+				t.Fatal(err)
+			}
+			defer txn.Abort()
+			fill(t, txn, "none")
+
+			other := s.with(c.change)
+			in, err := other.Inspect(ctx, read)
+			if err != nil || len(in.Leases) != 1 || in.Leases[0].State != c.state {
+				t.Fatalf("%+v, %v", in.Leases, err)
+			}
+			if in.Leased() != (c.state != Dead) {
+				t.Errorf("leased: %v", in.Leased())
+			}
+			rep, err := other.GC(ctx, GCOptions{})
+			if err != nil {
+				t.Fatal(err)
+			}
+			if gone := len(rep.Removed) > 0; gone != (c.state == Dead) {
+				t.Errorf("gc: %+v", rep)
+			}
+			forced, err := other.GC(ctx, GCOptions{Force: true})
+			if err != nil {
+				t.Fatal(err)
+			}
+			if gone := len(forced.Removed)+len(rep.Removed) > 0; gone != (c.state != Live) {
+				t.Errorf("gc with force: %+v", forced)
+			}
+		})
+		t.Run(name+"/remove", func(t *testing.T) {
+			s := newStore(t)
+			read := commitOne(t, s, "a")
+			commitOne(t, s, "a")
+			img, err := s.OpenImage(ctx, read)
+			if err != nil {
+				t.Fatal(err)
+			}
+			defer img.Close()
+			other := s.with(c.change)
+			_, err = other.Remove(ctx, read, false)
+			if (err == nil) != (c.state == Dead) || err != nil && !problem.Is(err, problem.Busy) {
+				t.Errorf("remove: %v", err)
+			}
+			if err == nil {
+				return
+			}
+			_, err = other.Remove(ctx, read, true)
+			if (err == nil) != (c.state == Unknown) {
+				t.Errorf("remove with force: %v", err)
+			}
+		})
+	}
+}
+
+func TestLeaseNames(t *testing.T) {
+	id, err := self()
+	if err != nil {
+		t.Fatal(err)
+	}
+	name := id.leaseName(Writing, 7)
+	l, ok := id.parseLease(name)
+	if !ok || l.Role != Writing || l.State != Live || l.PID != id.pid || l.StartTicks != id.startTicks || len(name) > 255 {
+		t.Errorf("%q: %+v", name, l)
+	}
+	for _, odd := range []string{"lease.", "lease.x", "lease.read,a,b,c,d,e,f", "lease.read,h,b,s,-1,2,3", name + ",9"} {
+		if l, ok := id.parseLease(odd); !ok || l.State != Unknown {
+			t.Errorf("%q: %+v, %v", odd, l, ok)
+		}
+	}
+	if _, ok := id.parseLease("seg-0000"); ok {
+		t.Error("a segment is no lease")
+	}
+}
+
+// TestProcessAlive follows a real process to its end, through being a zombie.
+func TestProcessAlive(t *testing.T) {
+	cmd := exec.Command("cat")
+	in, err := cmd.StdinPipe()
+	if err != nil {
+		t.Fatal(err)
+	}
+	out, err := cmd.StdoutPipe()
+	if err != nil {
+		t.Fatal(err)
+	}
+	if err := cmd.Start(); err != nil {
+		t.Fatal(err)
+	}
+	pid := cmd.Process.Pid
+	fmt.Fprintln(in, "up")
+	if _, err := bufio.NewReader(out).ReadString('\n'); err != nil {
+		t.Fatal(err)
+	}
+	ticks, zombie, err := startTicks(pid)
+	if err != nil || zombie {
+		t.Fatal(ticks, zombie, err)
+	}
+	if !processAlive(pid, ticks) {
+		t.Error("a running process is not alive")
+	}
+	if processAlive(pid, ticks+1) {
+		t.Error("a pid that was reused is alive")
+	}
+	pidfd, err := unix.PidfdOpen(pid, 0)
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer unix.Close(pidfd)
+	in.Close()
+	if _, err := unix.Poll([]unix.PollFd{{Fd: int32(pidfd), Events: unix.POLLIN}}, 10000); err != nil {
+		t.Fatal(err)
+	}
+	if processAlive(pid, ticks) {
+		t.Error("a zombie is alive")
+	}
+	if err := cmd.Wait(); err != nil {
+		t.Fatal(err)
+	}
+	if processAlive(pid, ticks) {
+		t.Error("a process that is gone is alive")
+	}
+}
+
+func TestIDs(t *testing.T) {
+	s := newStore(t)
+	first := commitOne(t, s, "a")
+	// The clock goes back a year: the next is the newest all the same.
+	past := s.with(func(*identity) {})
+	now := s.now()
+	past.now = func() time.Time { return now.AddDate(-1, 0, 0) }
+	second := commitOne(t, past, "a")
+	if second <= first {
+		t.Errorf("%s after %s", second, first)
+	}
+	sel, err := s.Get(context.Background(), "a", GetOptions{})
+	if err != nil || sel.Info.ID != second {
+		t.Errorf("%s, %v", sel.Info.ID, err)
+	}
+	for _, bad := range []string{"", "x", "20261121T234612123", "20261121T234612123-4f3a9c1", "20261121T234612123-4F3A9C1E", "20269921T234612123-4f3a9c1e", "20261121T234612123-4f3a9c1e.tmp", ".."} {
+		if _, ok := parseID(bad); ok {
+			t.Errorf("%q is an id", bad)
+		}
+	}
+	if _, ok := parseID(first); !ok {
+		t.Errorf("%q is none", first)
+	}
+	for _, name := range []string{"web", "web 1", "ü/..", "%41", strings.Repeat("a", 200)} {
+		if got := vmName(vmDir(name)); got != name {
+			t.Errorf("%q became %q", name, got)
+		}
+	}
+}
+
+// TestLockIsBusy holds the lock as another process would.
+func TestLockIsBusy(t *testing.T) {
+	s := newStore(t)
+	commitOne(t, s, "a")
+	l, err := s.fs.TryLock(filepath.Join(s.dir, lockName))
+	if err != nil {
+		t.Fatal(err)
+	}
+	ctx, cancel := context.WithCancel(context.Background())
+	done := make(chan error, 1)
+	go func() { _, err := s.Begin(ctx, "a"); done <- err }()
+	cancel()
+	if err := <-done; !problem.Is(err, problem.Cancelled) {
+		t.Errorf("got %v", err)
+	}
+	go func() { _, err := s.Begin(context.Background(), "a"); done <- err }()
+	if err := l.Close(); err != nil {
+		t.Fatal(err)
+	}
+	if err := <-done; err != nil {
+		t.Errorf("got %v", err)
+	}
+}
+
+func TestStoreFromTheFuture(t *testing.T) {
+	f := memfs.New(1 << 20)
+	if err := fsys.MkdirAll(f, "/store"); err != nil {
+		t.Fatal(err)
+	}
+	if err := fsys.WriteFile(f, "/store/store.json", []byte(`{"format":"ckagent-store","version":2}`)); err != nil {
+		t.Fatal(err)
+	}
+	if _, err := OpenFS(f, "/store"); !problem.Is(err, problem.Refused) {
+		t.Errorf("got %v", err)
+	}
+	if err := f.Update("/store/store.json", func([]byte) []byte { return []byte("{") }); err != nil {
+		t.Fatal(err)
+	}
+	if _, err := OpenFS(f, "/store"); !problem.Is(err, problem.Integrity) {
+		t.Errorf("got %v", err)
+	}
+}
+
+// TestFailingStorage makes every operation of a whole checkpoint fail in turn.
+// Whatever fails: the errno is kept, what was there stays there, nothing half
+// is visible, and the store goes on once the disk does.
+func TestFailingStorage(t *testing.T) {
+	ctx := context.Background()
+	for _, errno := range []unix.Errno{unix.ENOSPC, unix.EIO, unix.EROFS} {
+		for n := 1; ; n++ {
+			f := &failingFS{FS: memfs.New(1 << 30)}
+			s, err := OpenFS(f, "/store")
+			if err != nil {
+				t.Fatal(err)
+			}
+			old := commitOne(t, s, "a")
+			f.countdown, f.errno = n, errno
+			id, err := tryCommit(ctx, s)
+			failed := f.countdown <= 0
+			f.countdown = 0
+			f.errno = 0
+			if !failed {
+				if err != nil {
+					t.Fatal(err)
+				}
+				if n < 20 {
+					t.Fatalf("only %d operations", n)
+				}
+				break
+			}
+			if err != nil && (!errors.Is(err, errno) || !problem.Is(err, problem.Store)) {
+				t.Errorf("operation %d failing with %v: %v (%s)", n, errno, err, problem.CodeOf(err))
+			}
+			list, lerr := s.List(ctx)
+			if lerr != nil {
+				t.Fatal(lerr)
+			}
+			for _, i := range list {
+				if i.ID != old && (i.ID != id || err != nil) {
+					t.Errorf("operation %d failing with %v: %s is visible", n, errno, i.ID)
+				}
+				if _, err := s.Verify(ctx, i.ID, nil); err != nil {
+					t.Error(err)
+				}
+			}
+			if len(list) == 0 || list[0].ID != old {
+				t.Errorf("operation %d failing with %v: the old one is gone", n, errno)
+			}
+			commitOne(t, s, "a")
+		}
+	}
+}
+
+func tryCommit(ctx context.Context, s *Store) (id string, err error) {
+	txn, err := s.Begin(ctx, "a")
+	if err != nil {
+		return "", err
+	}
+	defer txn.Abort()
+	m, err := fillErr(ctx, txn)
+	if err != nil {
+		return txn.ID(), err
+	}
+	return txn.ID(), txn.Commit(ctx, m)
+}
