@@ -24,6 +24,11 @@ import (
 // The machine stays stopped.
 func takeCheckpoint(t testing.TB, v *vmtest.VM, st *store.Store, edit func(m *image.Manifest)) string {
 	t.Helper()
+	return takeCheckpointOf(t, v.Config(), v.PID(), v.QMPPath(), st, edit)
+}
+
+func takeCheckpointOf(t testing.TB, cfg vmtest.Config, pid int, socket string, st *store.Store, edit func(m *image.Manifest)) string {
+	t.Helper()
 	ctx, cancel := context.WithTimeout(t.Context(), time.Minute)
 	defer cancel()
 	must := func(err error) {
@@ -32,12 +37,12 @@ func takeCheckpoint(t testing.TB, v *vmtest.VM, st *store.Store, edit func(m *im
 			t.Fatal(err)
 		}
 	}
-	ep, err := qmp.ParseEndpoint(v.QMPPath())
+	ep, err := qmp.ParseEndpoint(socket)
 	must(err)
 	c, err := qmp.Dial(ctx, ep)
 	must(err)
 	defer c.Close()
-	p, err := vm.OpenProcess(v.PID())
+	p, err := vm.OpenProcess(pid)
 	must(err)
 	defer p.Close()
 	must(c.Execute(ctx, "stop", nil, nil))
@@ -56,7 +61,7 @@ func takeCheckpoint(t testing.TB, v *vmtest.VM, st *store.Store, edit func(m *im
 		ib = append(ib, image.Block{Name: b.Name, UsedBytes: b.UsedBytes, TotalBytes: b.TotalBytes, PageBytes: 4096,
 			BackingPageBytes: b.PageBytes, GPA: b.GPA, Backing: string(b.Backing), Shared: b.Shared, ReadOnly: b.ReadOnly, Main: b.Main})
 	}
-	txn, err := st.Begin(ctx, v.Config().Name)
+	txn, err := st.Begin(ctx, cfg.Name)
 	must(err)
 	defer txn.Abort()
 	w, err := image.NewWriter(txn.Dir(), ib, image.WriterOptions{})
@@ -65,7 +70,7 @@ func takeCheckpoint(t testing.TB, v *vmtest.VM, st *store.Store, edit func(m *im
 	for i, b := range blocks {
 		for at := uint64(0); at < b.UsedBytes; at += chunk {
 			n := min(chunk, b.UsedBytes-at)
-			data, err := vmtest.ReadRAM(v.PID(), b.HVA+at, n)
+			data, err := vmtest.ReadRAM(pid, b.HVA+at, n)
 			must(err)
 			must(w.WritePages(i, at/4096, data))
 		}
@@ -76,13 +81,13 @@ func takeCheckpoint(t testing.TB, v *vmtest.VM, st *store.Store, edit func(m *im
 	boot, err := liveness.BootID()
 	must(err)
 	m := &image.Manifest{
-		VM: v.Config().Name, CreatedAt: stopped, Mode: "stop", Engine: "none",
+		VM: cfg.Name, CreatedAt: stopped, Mode: "stop", Engine: "none",
 		QEMU: image.QEMU{Version: c.Version().String(), BinaryPath: p.Exe},
-		Machine: image.Machine{Type: strings.TrimSuffix(machine, "-machine"), Accel: v.Config().Accel, Argv: slices.Clone(p.Argv),
+		Machine: image.Machine{Type: strings.TrimSuffix(machine, "-machine"), Accel: cfg.Accel, Argv: slices.Clone(p.Argv),
 			UID: p.UID, GID: p.GID, Cwd: p.Cwd, Facts: map[string]string{
 				FactQEMUPID: strconv.Itoa(p.PID), FactQEMUStart: strconv.FormatUint(p.StartTicks, 10), FactBootID: boot}},
 	}
-	for _, kv := range v.Config().QEMU.Env {
+	for _, kv := range cfg.QEMU.Env {
 		name, value, _ := strings.Cut(kv, "=")
 		m.Machine.Env = append(m.Machine.Env, image.EnvVar{Name: name, Value: value})
 	}

@@ -27,10 +27,11 @@ const qmpFD = "3"
 
 // qemu is a QEMU that is being restored: a child until it is let go.
 type qemu struct {
-	child *os.Process
-	proc  *vm.Process
-	conn  *net.UnixConn // to its control socket; QEMU greets when it gets there
-	log   string
+	child   *os.Process
+	started uint64        // start time of the child in ticks
+	proc    *vm.Process   // of the child, from the greeting on
+	conn    *net.UnixConn // to its control socket; QEMU greets when it gets there
+	log     string
 }
 
 // launch starts QEMU from a plan.
@@ -94,11 +95,18 @@ func launch(ctx context.Context, p *plan.Plan) (_ *qemu, err error) {
 	if err != nil {
 		return nil, problem.New(problem.Failed, "start", p.Binary, "%w", err)
 	}
-	q.proc, err = vm.OpenProcess(q.child.Pid)
+	q.started, err = startTicks(q.child.Pid)
 	if err != nil {
 		return nil, q.failed(ctx, "start", err)
 	}
 	return q, nil
+}
+
+// identify opens the process once it greets: what was started may be a wrapper
+// that becomes QEMU only then.
+func (q *qemu) identify() (err error) {
+	q.proc, err = vm.OpenProcessAs(q.child.Pid, q.started)
+	return err
 }
 
 // credential is whom QEMU runs as; nil for ourselves. A QEMU that drops its rights
@@ -249,8 +257,8 @@ func (q *qemu) kill() {
 // letGo stops regarding QEMU as a child.
 func (q *qemu) letGo() {
 	q.conn.Close()
-	_ = q.child.Release()
 	q.proc.Close()
+	_ = q.child.Release()
 }
 
 func copyFile(from, to string, uid, gid int) error {

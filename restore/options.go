@@ -93,7 +93,7 @@ type Result struct {
 	ReadyNS            int64         `json:"ready_ns"`              // command to QEMU up (its main loop answers)
 	ResumeNS           int64         `json:"resume_ns"`             // QEMU up to guest running (or loaded, if it stays paused)
 	CommandToRunningNS int64         `json:"command_to_running_ns"` // both
-	DrainedNS          int64         `json:"drained_ns,omitempty"`  // command to everything in and let go; 0 if detached
+	DrainedNS          int64         `json:"drained_ns"`            // command to everything in and let go; 0 if detached
 	Faults             uint64        `json:"faults"`
 	Phases             []Phase       `json:"phases"`
 	Changes            []plan.Change `json:"changes"`

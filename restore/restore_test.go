@@ -4,6 +4,7 @@ import (
 	"context"
 	"os"
 	"path/filepath"
+	"strconv"
 	"strings"
 	"testing"
 	"time"
@@ -76,6 +77,8 @@ func logPhases(t testing.TB, res *Result) {
 	t.Logf("%s| ready %v resume %v running %v drained %v faults %d notes %q", b.String(), time.Duration(res.ReadyNS), time.Duration(res.ResumeNS),
 		time.Duration(res.CommandToRunningNS), time.Duration(res.DrainedNS), res.Faults, res.Notes)
 }
+
+func itoa(n int) string { return strconv.Itoa(n) }
 
 func TestRestoreLazily(t *testing.T) {
 	v := vmtest.Start(t, vmtest.Config{MemoryMiB: 256, WSMiB: 64})

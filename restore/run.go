@@ -153,6 +153,7 @@ func (x *run) do(ctx context.Context) (_ *Result, err error) {
 	}
 	// The guest runs: nothing below takes it away again.
 	defer x.q.letGo()
+	x.pager.Release()
 	return x.res, x.drain(ctx)
 }
 
@@ -255,7 +256,7 @@ func (x *run) bringUp(ctx context.Context) error {
 		return err
 	}
 	q := x.q
-	x.res.QEMUPID = q.proc.PID
+	x.res.QEMUPID = q.child.Pid
 	x.phase(PhaseStarted, time.Now())
 
 	// While QEMU starts: the pager's processes and the stream.
@@ -275,10 +276,10 @@ func (x *run) bringUp(ctx context.Context) error {
 		return err
 	})
 	early.Go(func() error {
-		if err := x.dir.adopt(q.proc); err != nil {
+		if err := x.dir.adopt(identity{q.child.Pid, q.started}); err != nil {
 			return err
 		}
-		isolate(q.proc.PID, cgroupName(q.proc.PID))
+		isolate(q.child.Pid, cgroupName(q.child.Pid))
 		return nil
 	})
 	greetErr := q.awaitGreeting(slow)
@@ -290,6 +291,9 @@ func (x *run) bringUp(ctx context.Context) error {
 		return q.failed(slow, "start", greetErr)
 	}
 	x.phase(PhaseGreeted, greeted)
+	if err := q.identify(); err != nil {
+		return q.failed(slow, "start", err)
+	}
 
 	// The machine is still being built; the userfaultfd does not need it.
 	var made errgroup.Group
@@ -382,6 +386,7 @@ func (x *run) arm(ctx context.Context, c *qmp.Client, stream *feed, remote int) 
 	x.pager, err = warm.Start(ctx, pager.Config{
 		Source: x.source, QEMUPID: q.proc.PID, QEMUStart: q.proc.StartTicks, RemoteFD: remote,
 		Blocks: mp.blocks, BytesPerSecond: x.o.BytesPerSecond,
+		NoDrain: true, // until the guest runs: the drain would take the processor from the load
 	})
 	if err != nil {
 		if !q.proc.Alive() {

@@ -12,7 +12,6 @@ import (
 	"golang.org/x/sys/unix"
 
 	"github.com/ckagent/ckagent/agent/problem"
-	"github.com/ckagent/ckagent/agent/vm"
 	"github.com/ckagent/ckagent/restore/liveness"
 )
 
@@ -167,8 +166,8 @@ func Sweep(root string) (int, error) {
 	return n, nil
 }
 
-// ownsProcess makes sure that what was started is what the state will name.
-func (d *runDir) adopt(p *vm.Process) error {
-	d.state.QEMU = identity{PID: p.PID, Start: p.StartTicks}
+// adopt notes whose directory it is.
+func (d *runDir) adopt(id identity) error {
+	d.state.QEMU = id
 	return d.save()
 }

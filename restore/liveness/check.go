@@ -64,6 +64,10 @@ func Check(ctx context.Context, s Subject) ([]Doubt, error) {
 			return nil, err
 		}
 		exe, err := os.Readlink("/proc/" + e.Name() + "/exe")
+		if errors.Is(err, os.ErrPermission) && qemuComm(pid) {
+			doubts = append(doubts, Doubt{PID: pid, What: "may be it: only root can look at that QEMU"})
+			continue
+		}
 		if err != nil || !vm.AllowedBinary(strings.TrimSuffix(exe, " (deleted)")) {
 			continue // a kernel thread, gone, or not QEMU
 		}
@@ -190,6 +194,13 @@ func writable(pid int, fd string) bool {
 		}
 	}
 	return true
+}
+
+// qemuComm goes by the name of a process that may not be looked at further.
+func qemuComm(pid int) bool {
+	b, err := os.ReadFile("/proc/" + strconv.Itoa(pid) + "/comm")
+	name := string(bytes.TrimSpace(b))
+	return err == nil && (strings.HasPrefix(name, "qemu") || name == "kvm")
 }
 
 func readCmdline(pid int) ([]byte, error) {

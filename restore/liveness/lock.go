@@ -41,7 +41,10 @@ func Locked(path string) (bool, error) {
 }
 
 // Guard keeps other restores of a VM away while this one runs.
-type Guard struct{ file *os.File }
+type Guard struct {
+	path string
+	file *os.File
+}
 
 // Hold takes the guard of the VM called name, in dir. problem.Refused when
 // another restore holds it.
@@ -61,19 +64,15 @@ func Hold(dir, name string) (*Guard, error) {
 	if len(clean) > 200 {
 		clean = clean[:200]
 	}
-	f, err := os.OpenFile(filepath.Join(dir, "."+clean+".lock"), os.O_RDWR|os.O_CREATE|unix.O_CLOEXEC|unix.O_NOFOLLOW, 0o600)
+	path := filepath.Join(dir, "."+clean+".lock")
+	f, err := takeLock(path)
+	var holder heldBy
+	if errors.As(err, &holder) {
+		return nil, problem.New(problem.Refused, "restore", "VM "+name, "another restore of it is under way (%s)", string(holder)).
+			WithHint("wait for it or end it; --clone makes another VM")
+	}
 	if err != nil {
 		return nil, fail(err)
-	}
-	if err := unix.Flock(int(f.Fd()), unix.LOCK_EX|unix.LOCK_NB); err != nil {
-		var who [64]byte
-		n, _ := f.ReadAt(who[:], 0)
-		f.Close()
-		if !errors.Is(err, unix.EWOULDBLOCK) {
-			return nil, fail(err)
-		}
-		return nil, problem.New(problem.Refused, "restore", "VM "+name, "another restore of it is under way (%s)", strings.TrimSpace(string(who[:n]))).
-			WithHint("wait for it or end it; --clone makes another VM")
 	}
 	text := fmt.Sprintf("pid %d\n", os.Getpid())
 	if err := f.Truncate(0); err != nil {
@@ -84,9 +83,46 @@ func Hold(dir, name string) (*Guard, error) {
 		f.Close()
 		return nil, fail(err)
 	}
-	return &Guard{file: f}, nil
+	return &Guard{path: path, file: f}, nil
 }
 
-// Close gives the guard back. The file stays: removing it would let two
-// restores hold locks on two files of one name.
-func (g *Guard) Close() error { return g.file.Close() }
+// heldBy is the error that somebody has the lock.
+type heldBy string
+
+func (h heldBy) Error() string { return "held by " + string(h) }
+
+// takeLock opens and locks a file. Its holder removes it before letting go, so a
+// lock got on a file that has lost its name is a lock on nothing: try again.
+func takeLock(path string) (*os.File, error) {
+	for {
+		f, err := os.OpenFile(path, os.O_RDWR|os.O_CREATE|unix.O_CLOEXEC|unix.O_NOFOLLOW, 0o600)
+		if err != nil {
+			return nil, err
+		}
+		if err := unix.Flock(int(f.Fd()), unix.LOCK_EX|unix.LOCK_NB); err != nil {
+			var who [64]byte
+			n, _ := f.ReadAt(who[:], 0)
+			f.Close()
+			if errors.Is(err, unix.EWOULDBLOCK) {
+				return nil, heldBy(strings.TrimSpace(string(who[:n])))
+			}
+			if errors.Is(err, unix.EINTR) {
+				continue
+			}
+			return nil, err
+		}
+		mine, err := f.Stat()
+		if err != nil {
+			f.Close()
+			return nil, err
+		}
+		if now, err := os.Lstat(path); err == nil && os.SameFile(mine, now) {
+			return f, nil
+		}
+		f.Close()
+	}
+}
+
+// Close gives the guard back; the file goes while the lock still keeps others
+// from taking it.
+func (g *Guard) Close() error { return errors.Join(os.Remove(g.path), g.file.Close()) }

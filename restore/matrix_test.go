@@ -1,0 +1,150 @@
+package restore
+
+import (
+	"os"
+	"os/exec"
+	"path/filepath"
+	"slices"
+	"strings"
+	"testing"
+
+	"github.com/ckagent/ckagent/restore/pager"
+	"github.com/ckagent/ckagent/tools/guest"
+	"github.com/ckagent/ckagent/tools/vmtest"
+)
+
+// TestMatrix restores each kind of machine lazily and has its guest verify all its
+// memory. Whether the memory was really paged in is checked, not assumed.
+func TestMatrix(t *testing.T) {
+	small := vmtest.Config{MemoryMiB: 192, WSMiB: 8}
+	with := func(change func(c *vmtest.Config)) vmtest.Config {
+		c := small
+		change(&c)
+		return c
+	}
+	for _, c := range []struct {
+		name string
+		cfg  vmtest.Config
+	}{
+		{"q35 two CPUs", with(func(c *vmtest.Config) { c.Machine, c.VCPUs = "q35", 2 })},
+		{"memfd", with(func(c *vmtest.Config) { c.Backend = vmtest.Memfd })},
+		{"prealloc", with(func(c *vmtest.Config) { c.Backend = vmtest.Prealloc })},
+		{"mem-lock", with(func(c *vmtest.Config) { c.Args = []string{"-overcommit", "mem-lock=on"} })},
+		{"mem-path", with(func(c *vmtest.Config) { c.Args = []string{"-mem-path", "/dev/shm", "-mem-prealloc"} })},
+		{"file on tmpfs", with(func(c *vmtest.Config) { c.Backend = vmtest.FileTmpfs })},
+		{"file on ext4", with(func(c *vmtest.Config) { c.Backend = vmtest.FileExt4 })},
+		{"pflash", with(func(c *vmtest.Config) { c.Machine, c.OVMF = "q35", true })},
+		{"12 virtio devices", with(func(c *vmtest.Config) { c.Machine, c.VirtioDevices = "q35", 12 })},
+		{"user network", with(func(c *vmtest.Config) { c.Echo = true })},
+		{"video", with(func(c *vmtest.Config) { c.Args = []string{"-vga", "std"} })},
+	} {
+		t.Run(c.name, func(t *testing.T) {
+			if testing.Short() {
+				vmtest.Skip(t, "restore-matrix", "a dozen machines take a minute; left out with -short")
+			}
+			restoreMachine(t, c.cfg)
+		})
+	}
+}
+
+func TestMatrixQEMU10(t *testing.T) {
+	q, err := guest.QEMU10(t.Context())
+	if err != nil {
+		vmtest.Skip(t, "qemu10", "QEMU 10 cannot be unpacked here: %v", err)
+	}
+	for _, machine := range []string{"pc", "q35"} {
+		t.Run(machine, func(t *testing.T) {
+			restoreMachine(t, vmtest.Config{QEMU: q, Machine: machine, MemoryMiB: 192, WSMiB: 8})
+		})
+	}
+	t.Run("from 7.2", func(t *testing.T) {
+		// A checkpoint of 7.2 on 10.0, as after an upgrade of the host: the manifest
+		// names the versioned machine type.
+		v := vmtest.Start(t, vmtest.Config{Machine: "q35", MemoryMiB: 192, WSMiB: 8})
+		v.WaitSweeps(t, 1)
+		st := testStore(t)
+		id := takeCheckpoint(t, v, st, nil)
+		v.Kill()
+		o := testOptions(t)
+		o.Binary, o.Extra = upgraded(t, q), q.Args
+		logPhases(t, restoreAndCheck(t, st, id, o, v))
+	})
+}
+
+// upgraded is a program that runs another QEMU with the environment it needs.
+func upgraded(t *testing.T, q guest.QEMU) string {
+	t.Helper()
+	dir := t.TempDir()
+	path := filepath.Join(dir, "qemu-system-x86_64")
+	script := "#!/bin/sh\n"
+	for _, kv := range q.Env {
+		script += "export '" + kv + "'\n"
+	}
+	if err := os.WriteFile(path, []byte(script+"exec '"+q.Binary+"' \"$@\"\n"), 0o755); err != nil {
+		t.Fatal(err)
+	}
+	return path
+}
+
+// TestMatrixKVM uses the guest that a nested KVM runs.
+func TestMatrixKVM(t *testing.T) {
+	vmtest.NeedKVM(t)
+	restoreMachine(t, vmtest.Config{Accel: "kvm", Guest: vmtest.Mini, MemoryMiB: 128, WSMiB: 4})
+}
+
+// restoreMachine takes a machine from its start through checkpoint, death and lazy
+// restore.
+func restoreMachine(t *testing.T, cfg vmtest.Config) {
+	t.Helper()
+	v := vmtest.Start(t, cfg)
+	v.WaitSweeps(t, 1)
+	st := testStore(t)
+	o := testOptions(t)
+	if len(cfg.QEMU.Env) > 0 {
+		o.Binary = cfg.QEMU.Binary // in the cache, not where root alone writes
+	}
+	id := takeCheckpoint(t, v, st, nil)
+	v.Kill()
+	res := restoreAndCheck(t, st, id, o, v)
+	logPhases(t, res)
+	if !res.Lazy || res.LazyBytes < uint64(cfg.MemoryMiB)<<20 {
+		t.Errorf("%d of %d bytes were paged in lazily", res.LazyBytes, res.RAMBytes)
+	}
+	attached(t, res)
+}
+
+// attached fails if anything of ours is left in a drained VM.
+func attached(t *testing.T, res *Result) {
+	t.Helper()
+	fds, err := filepath.Glob("/proc/" + itoa(res.QEMUPID) + "/fd/*")
+	if err != nil || len(fds) == 0 {
+		t.Fatalf("descriptors of %d: %v", res.QEMUPID, err)
+	}
+	for _, fd := range fds {
+		if link, _ := os.Readlink(fd); strings.Contains(link, "userfaultfd") {
+			t.Errorf("%s is %s", fd, link)
+		}
+	}
+	smaps, err := os.ReadFile("/proc/" + itoa(res.QEMUPID) + "/smaps")
+	if err != nil {
+		t.Fatal(err)
+	}
+	for line := range strings.Lines(string(smaps)) {
+		if flags, ok := strings.CutPrefix(line, "VmFlags:"); ok {
+			for _, f := range strings.Fields(flags) {
+				if slices.Contains([]string{"um", "uw", "ui"}, f) {
+					t.Errorf("memory is still registered (%s)", f)
+				}
+			}
+		}
+	}
+	out, err := exec.Command("ps", "-eo", "args").Output()
+	if err != nil {
+		t.Fatal(err)
+	}
+	for line := range strings.Lines(string(out)) {
+		if strings.Contains(line, res.RunDir) && (strings.Contains(line, pager.VerbWorker) || strings.Contains(line, pager.VerbSupervisor)) {
+			t.Errorf("still there: %s", line)
+		}
+	}
+}
