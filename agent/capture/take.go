@@ -56,21 +56,29 @@ func Take(ctx context.Context, sub Subject, st *store.Store, o Options) (*Result
 		return nil, err
 	}
 	res := &Result{PID: sub.Target.Process.PID}
-	// A capture that cannot be proved is discarded. A second try meets a quieter
-	// guest; the last one needs no proof, because the guest stands still.
-	for _, m := range attempts(mode, o.Mode) {
-		s := &session{sub: sub, target: sub.Target, o: o, mode: m, store: st, res: res,
+	for modes := attempts(mode, o.Mode); ; modes = modes[1:] {
+		s := &session{sub: sub, target: sub.Target, o: o, mode: modes[0], store: st, res: res,
 			object: fmt.Sprintf("VM %s (pid %d)", sub.Name, sub.Target.Process.PID)}
-		err = s.take(ctx)
-		if err == nil {
+		if err = s.take(ctx); err == nil {
 			return res, nil
 		}
-		var failure *faultserver.Error
-		if !errors.As(err, &failure) || failure.Failure != faultserver.Unproven {
+		switch faultserver.FailureOf(err) {
+		case faultserver.Unproven:
+		case faultserver.Unsupported: // and will not be at the next try either
+			for len(modes) > 1 && modes[1] == COW {
+				modes = modes[1:]
+			}
+			if o.Mode == COW {
+				modes = modes[:1]
+			}
+		default:
+			modes = modes[:1]
+		}
+		if len(modes) == 1 {
 			break
 		}
-		res.Retaken = append(res.Retaken, failure.Error())
-		o.tell("retake", 0, "%v", failure)
+		res.Retaken = append(res.Retaken, err.Error())
+		o.tell("retake", 0, "%v", err)
 	}
 	if gone := sub.Target.Process.Check(); gone != nil {
 		err = errors.Join(gone, err)
@@ -78,7 +86,9 @@ func Take(ctx context.Context, sub Subject, st *store.Store, o Options) (*Result
 	return nil, err
 }
 
-// attempts lists the modes to try in turn.
+// attempts lists the modes to try in turn. A capture that cannot be proved is
+// discarded; a second try meets a quieter guest, and the last one needs no proof,
+// because the guest stands still.
 func attempts(mode, asked Mode) []Mode {
 	if mode != COW {
 		return []Mode{mode}

@@ -28,7 +28,8 @@
 //
 // # Concurrency
 //
-// The command loop owns the phase. Each fault thread and the scanner owns one
+// The command loop owns the phase, and joins the scanners. The fault threads block
+// in read(2) and end with the process. Each fault thread and the scanner owns one
 // ring of the arena. A fault thread holds its own mutex while it works on
 // messages; Freeze holds all of them while it re-arms and changes the phase, so
 // a message is either finished before the freeze or served after it. Lock order:

@@ -179,7 +179,7 @@ func (l *commandLoop) serve(requests <-chan op) error {
 			}
 			var err error
 			switch {
-			case o == opPrearm && l.s.h == nil:
+			case o == opPrearm && phase(l.s.phase.Load()) == idle:
 				err = l.s.prearm(func() (*os.File, error) { return l.take(l.s.cfg.QEMUPID) })
 			case o == opFreeze && phase(l.s.phase.Load()) == tracking:
 				err = l.s.freeze()

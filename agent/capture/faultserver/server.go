@@ -35,11 +35,11 @@ type server struct {
 	pm     *pagemap.Pagemap
 	tables []*pageTable
 
-	phase   atomic.Uint32
-	h       *uffd.Handle // from prearm to release; used by all threads
-	stop    *uffd.Stop   // ends the fault threads
-	faults  []*faultThread
-	threads sync.WaitGroup // fault threads and scanners
+	phase  atomic.Uint32
+	h      *uffd.Handle // from prearm on
+	held   bool         // the command loop's: from prearm to release
+	faults []*faultThread
+	scans  sync.WaitGroup // scanners
 
 	failOnce sync.Once
 	failed   chan struct{} // closed with failure set
@@ -71,18 +71,15 @@ func newServer(cfg Config, a *arena.Arena) (*server, error) {
 		pages += b.Pages
 	}
 	s.remaining.Store(int64(pages))
-	if s.stop, err = uffd.NewStop(); err != nil {
-		return nil, errors.Join(err, src.Close())
-	}
 	for i := range cfg.FaultThreads {
 		s.faults = append(s.faults, &faultThread{s: s, ring: a.Ring(i), around: 1})
 	}
 	return s, nil
 }
 
-// close frees what newServer opened. The threads have ended.
+// close frees what newServer opened. The scanners have ended.
 func (s *server) close() error {
-	return errors.Join(s.stop.Close(), s.src.Close())
+	return s.src.Close()
 }
 
 // fail records the first failure. Threads call it and go on or end; the command
@@ -129,15 +126,15 @@ func (s *server) prearm(take func() (*os.File, error)) error {
 	if err != nil {
 		return &Error{Failure: Unsupported, Detail: err.Error()}
 	}
-	if err := h.SetNonblock(true); err != nil {
+	if err := h.SetNonblock(false); err != nil {
 		return &Error{Failure: Broken, Detail: errors.Join(err, h.Close()).Error()}
 	}
-	s.h = h
+	s.h, s.held = h, true
 	// Faults are served before the first page is armed: QEMU's main thread
 	// writes guest RAM too, and it is the one that answers us.
 	s.phase.Store(uint32(tracking))
 	for _, t := range s.faults {
-		s.threads.Go(t.run)
+		go t.run() // ends with the process
 	}
 	for _, t := range s.tables {
 		if _, err := h.Register(t.block.HVA, t.block.Pages*pageBytes, uffd.ModeWP); err != nil {
@@ -253,14 +250,14 @@ func (s *server) freeze() error {
 func (s *server) scan() {
 	for i := range s.cfg.ScanThreads {
 		sc := &scanner{s: s, id: i, ring: s.arena.Ring(s.cfg.FaultThreads + i)}
-		s.threads.Go(sc.run)
+		s.scans.Go(sc.run)
 	}
 }
 
 // release lets go of the guest's memory: the kernel drops every mark and wakes
 // every waiting thread. It is safe in every phase, and idempotent.
 func (s *server) release() error {
-	if s.h == nil {
+	if !s.held {
 		return nil
 	}
 	begin := time.Now()
@@ -273,13 +270,11 @@ func (s *server) release() error {
 			errs = append(errs, err)
 		}
 	}
-	errs = append(errs, s.stop.Signal())
-	s.threads.Wait()
+	s.scans.Wait()
 	for _, t := range s.faults {
 		t.addTo(&s.stats)
 	}
-	errs = append(errs, s.h.Close())
-	s.h = nil
+	s.held = false // the descriptor itself goes with the process, which is about to end
 	s.stats.ReleaseNS = time.Since(begin).Nanoseconds()
 	return errors.Join(errs...)
 }

@@ -38,6 +38,27 @@ func openMapped(pid int, addr uint64) (*os.File, int64, error) {
 	return nil, 0, fmt.Errorf("nothing is mapped at %#x", addr)
 }
 
+// filled counts the pages of a range of the file that have content, in memory or
+// swapped out, at a cost of the range alone. ok is false where the kernel (before
+// 6.5) or the file system cannot tell.
+func (b *source) filled(first, n uint64) (pages uint64, ok bool) {
+	if !b.inMemory {
+		return 0, false
+	}
+	stat, err := cachestat(b.fd, uint64(b.fileOffset)+first*PageBytes, n*PageBytes)
+	if err != nil {
+		return 0, false
+	}
+	return stat.cached + stat.evicted, true
+}
+
+// livesInMemory reports whether a file has no other content than its page cache
+// and swap: tmpfs and memfd.
+func livesInMemory(fd int) bool {
+	var st unix.Statfs_t
+	return unix.Fstatfs(fd, &st) == nil && st.Type == unix.TMPFS_MAGIC
+}
+
 // parseMapsLine reads the addresses and the file offset of a line of
 // /proc/PID/maps.
 func parseMapsLine(line string) (start, end, offset uint64, ok bool) {
@@ -57,9 +78,13 @@ func parseMapsLine(line string) (start, end, offset uint64, ok bool) {
 }
 
 // fileRunsFrom answers from the file: its holes read as zero. Runs before mark
-// in out are not merged with.
+// in out are not merged with. Finding the end of an extent costs its length, so
+// ranges that are all content or all hole are told by counting first.
 func (b *source) fileRunsFrom(mark int, first, n uint64, out []Run) ([]Run, error) {
 	fd := b.fd
+	if pages, ok := b.filled(first, n); ok && (pages == 0 || pages == n) {
+		return appendRun(out, mark, Run{First: first, Pages: n, Zero: pages == 0}), nil
+	}
 	at := b.fileOffset + int64(first*PageBytes)
 	end := at + int64(n*PageBytes)
 	page := func(off int64) uint64 { return uint64(off-b.fileOffset) / PageBytes }

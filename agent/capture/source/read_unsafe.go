@@ -50,3 +50,18 @@ func readFile(fd int, offset int64, dst []byte) error {
 	}
 	return nil
 }
+
+// cacheStat is struct cachestat (Linux 6.5), in pages.
+type cacheStat struct{ cached, dirty, writeback, evicted, recentlyEvicted uint64 }
+
+const sysCachestat = 451
+
+// cachestat counts the pages of a range of a file that are in the page cache.
+func cachestat(fd int, offset, length uint64) (s cacheStat, err error) {
+	r := struct{ offset, length uint64 }{offset, length}
+	_, _, errno := syscall.RawSyscall6(sysCachestat, uintptr(fd), uintptr(unsafe.Pointer(&r)), uintptr(unsafe.Pointer(&s)), 0, 0, 0)
+	if errno != 0 {
+		return s, errno
+	}
+	return s, nil
+}

@@ -47,6 +47,7 @@ type source struct {
 	Block
 	file       *os.File // what a file-backed block maps; nil for Anonymous
 	fd         int      // its descriptor
+	inMemory   bool     // it is on tmpfs
 	fileOffset int64    // offset in file of the block's first byte
 }
 
@@ -69,6 +70,7 @@ func Open(pid int, blocks []Block) (*Source, error) {
 			return nil, errors.Join(fmt.Errorf("block %d: open what is mapped at %#x: %w", i, b.HVA, err), s.Close())
 		}
 		s.blocks[i].fd = int(s.blocks[i].file.Fd())
+		s.blocks[i].inMemory = livesInMemory(s.blocks[i].fd)
 	}
 	return s, nil
 }
