@@ -10,22 +10,12 @@ import (
 	"github.com/ckagent/ckagent/restore/plan"
 )
 
-// Names in Machine.Facts that a restore looks at: who the VM was, and whether its
-// guest ran. All are optional; without them the search for a living original goes
-// by name, UUID, sockets and images.
-const (
-	FactQEMUPID   = "qemu_pid"
-	FactQEMUStart = "qemu_start_ticks"
-	FactBootID    = "boot_id"
-	FactGuestRuns = "guest_running" // "false": it was paused when the checkpoint was taken
-)
-
 // recorded is what a plan needs of a manifest.
 func recorded(m *image.Manifest) plan.Recorded {
 	r := plan.Recorded{
 		VM: m.VM, ID: m.ID, Binary: m.QEMU.BinaryPath, Changes: m.Machine.Changes, Redacted: m.Machine.Redacted,
 		UID: m.Machine.UID, GID: m.Machine.GID, Groups: m.Machine.Groups, Cwd: m.Machine.Cwd,
-		Machine: m.Machine.Type, Accel: m.Machine.Accel, Paused: m.Machine.Facts[FactGuestRuns] == "false",
+		Machine: m.Machine.Type, Accel: m.Machine.Accel, Paused: m.Machine.Facts[image.FactGuestRuns] == "false",
 	}
 	if len(m.Machine.Argv) > 0 {
 		r.Argv = slices.Clone(m.Machine.Argv[1:])
@@ -41,9 +31,9 @@ func recorded(m *image.Manifest) plan.Recorded {
 
 // subject is the original, for the question whether it lives.
 func subject(m *image.Manifest, p *plan.Plan) liveness.Subject {
-	s := liveness.Subject{Name: p.OldName, UUID: p.OldUUID, Sockets: p.OldUnix, BootID: m.Machine.Facts[FactBootID]}
-	s.PID, _ = strconv.Atoi(m.Machine.Facts[FactQEMUPID])
-	s.StartTicks, _ = strconv.ParseUint(m.Machine.Facts[FactQEMUStart], 10, 64)
+	s := liveness.Subject{Name: p.OldName, UUID: p.OldUUID, Sockets: p.OldUnix, BootID: m.Machine.Facts[image.FactBootID]}
+	s.PID, _ = strconv.Atoi(m.Machine.Facts[image.FactQEMUPID])
+	s.StartTicks, _ = strconv.ParseUint(m.Machine.Facts[image.FactQEMUStart], 10, 64)
 	for _, f := range p.OldFiles {
 		if f.Writable {
 			s.Images = append(s.Images, f.Path)

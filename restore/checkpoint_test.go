@@ -85,7 +85,7 @@ func takeCheckpointOf(t testing.TB, cfg vmtest.Config, pid int, socket string, s
 		QEMU: image.QEMU{Version: c.Version().String(), BinaryPath: p.Exe},
 		Machine: image.Machine{Type: strings.TrimSuffix(machine, "-machine"), Accel: cfg.Accel, Argv: slices.Clone(p.Argv),
 			UID: p.UID, GID: p.GID, Cwd: p.Cwd, Facts: map[string]string{
-				FactQEMUPID: strconv.Itoa(p.PID), FactQEMUStart: strconv.FormatUint(p.StartTicks, 10), FactBootID: boot}},
+				image.FactQEMUPID: strconv.Itoa(p.PID), image.FactQEMUStart: strconv.FormatUint(p.StartTicks, 10), image.FactBootID: boot}},
 	}
 	for _, kv := range cfg.QEMU.Env {
 		name, value, _ := strings.Cut(kv, "=")

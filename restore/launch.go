@@ -80,9 +80,12 @@ func launch(ctx context.Context, p *plan.Plan) (_ *qemu, err error) {
 	for _, a := range p.Args {
 		argv = append(argv, strings.ReplaceAll(a, plan.QMPFD, qmpFD))
 	}
-	env := slices.Clone(p.Env)
-	if !slices.ContainsFunc(env, func(kv string) bool { return strings.HasPrefix(kv, "PATH=") }) {
-		env = append(env, "PATH=/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin")
+	env := append(slices.Clone(p.Env), "PATH=/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin")
+	for _, name := range []string{"LD_LIBRARY_PATH", "QEMU_MODULE_DIR"} {
+		// What decides about code comes from the operator, never from a manifest.
+		if v, ok := os.LookupEnv(name); ok {
+			env = append(env, name+"="+v)
+		}
 	}
 	dir := p.Cwd
 	if st, err := os.Stat(dir); err != nil || !st.IsDir() {

@@ -101,7 +101,7 @@ func restoreMachine(t *testing.T, cfg vmtest.Config) {
 	st := testStore(t)
 	o := testOptions(t)
 	if len(cfg.QEMU.Env) > 0 {
-		o.Binary = cfg.QEMU.Binary // in the cache, not where root alone writes
+		o.Binary = upgraded(t, cfg.QEMU) // its libraries are not where a system has them
 	}
 	id := takeCheckpoint(t, v, st, nil)
 	v.Kill()

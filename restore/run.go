@@ -199,7 +199,7 @@ func (x *run) prepare(ctx context.Context) (err error) {
 			return problem.New(problem.Refused, "restore", "VM "+x.m.VM, "whether the original lives cannot be told: %w", err).
 				WithHint("--assume-dead restores it all the same")
 		}
-		if m := manager(p); m != "" {
+		if m := manager(x.m, p); m != "" {
 			doubts = append(doubts, liveness.Doubt{What: m + " manages it and may start it again by itself"})
 		}
 		if len(doubts) > 0 {
@@ -234,14 +234,17 @@ func (x *run) prepare(ctx context.Context) (err error) {
 	return nil
 }
 
-// manager names what keeps the VM, if its sockets say so.
-func manager(p *plan.Plan) string {
+// manager names what keeps the VM, as recorded or as its sockets say.
+func manager(m *image.Manifest, p *plan.Plan) string {
+	if name := m.Machine.Facts[image.FactManager]; name != "" {
+		return name
+	}
 	for _, s := range p.OldUnix {
 		switch {
 		case strings.Contains(s, "/libvirt/"):
 			return "libvirt"
 		case strings.Contains(s, "/qemu-server/"):
-			return "Proxmox"
+			return "proxmox"
 		}
 	}
 	return ""

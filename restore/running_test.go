@@ -83,7 +83,7 @@ func TestInterruptedDrain(t *testing.T) {
 func TestPausedStaysPaused(t *testing.T) {
 	v := vmtest.Start(t, firmwareOnly())
 	st := testStore(t)
-	id := takeCheckpoint(t, v, st, func(m *image.Manifest) { m.Machine.Facts[FactGuestRuns] = "false" })
+	id := takeCheckpoint(t, v, st, func(m *image.Manifest) { m.Machine.Facts[image.FactGuestRuns] = "false" })
 	v.Kill()
 	res, err := Run(t.Context(), st, id, testOptions(t))
 	if err != nil {

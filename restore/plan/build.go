@@ -48,7 +48,7 @@ type builder struct {
 // asked, Refused for what cannot be rebuilt.
 func Build(rec Recorded, opt Options) (*Plan, error) {
 	b := &builder{rec: rec, opt: opt, maps: newMapper(opt.Map), plan: &Plan{
-		Binary: rec.Binary, Env: rec.Env, UID: rec.UID, GID: rec.GID, Groups: rec.Groups,
+		Binary: rec.Binary, UID: rec.UID, GID: rec.GID, Groups: rec.Groups,
 		Cwd: rec.Cwd, Machine: rec.Machine, Paused: rec.Paused,
 		RunDir: opt.RunDir, QMPPath: opt.QMPPath, Clone: opt.CloneID,
 		Changes: []Change{}, Files: []File{}, Listen: []Socket{},
@@ -67,6 +67,7 @@ func Build(rec Recorded, opt Options) (*Plan, error) {
 	if err := b.parse(rec.Argv, rec.Changes); err != nil {
 		return nil, err
 	}
+	b.environment()
 	b.identity()
 	b.collectOld()
 	for _, step := range []func() error{

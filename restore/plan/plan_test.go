@@ -7,6 +7,7 @@ import (
 	"strings"
 	"testing"
 
+	"github.com/ckagent/ckagent/agent/image"
 	"github.com/ckagent/ckagent/agent/problem"
 )
 
@@ -193,8 +194,8 @@ func TestRefuse(t *testing.T) {
 		{"file descriptor", "-drive file=/dev/fdset/7,readonly=on", Options{}, problem.Refused, "--map /dev/fdset/7="},
 		{"clone's disk", disk, Options{CloneID: "k"}, problem.Refused, "--map /d="},
 		{"clone's queues", "-netdev tap,id=n,queues=4", Options{CloneID: "k"}, problem.Refused, "--map netdev:n="},
-		{"secret", "-object secret,id=s,data=" + RedactedMark, Options{}, problem.Refused, "--secret s="},
-		{"password", "-spice port=5900,password=" + RedactedMark, Options{}, problem.Refused, "secret object"},
+		{"secret", "-object secret,id=s,data=" + image.RedactedMark, Options{}, problem.Refused, "--secret s="},
+		{"password", "-spice port=5900,password=" + image.RedactedMark, Options{}, problem.Refused, "secret object"},
 		{"unused map", "-m 1G", Options{Map: maps(t, "/nowhere=/x")}, problem.Usage, "dry-run"},
 		{"unknown secret", "-m 1G", Options{Secrets: map[string]string{"x": "/f"}}, problem.Usage, ""},
 		{"own -incoming", "-m 1G", Options{Extra: words("-incoming tcp:0:1")}, problem.Usage, ""},
@@ -213,7 +214,7 @@ func TestRefuse(t *testing.T) {
 }
 
 func TestSecretFromFile(t *testing.T) {
-	_, got := build(t, recorded(words("-machine pc-q35-7.2 -object secret,id=s,data="+RedactedMark+",format=base64")...),
+	_, got := build(t, recorded(words("-machine pc-q35-7.2 -object secret,id=s,data="+image.RedactedMark+",format=base64")...),
 		Options{Secrets: map[string]string{"s": "/root/s"}})
 	if want := words("-machine pc-q35-7.2 -object secret,id=s,file=/root/s"); !slices.Equal(got, want) {
 		t.Errorf("got %q, want %q", got, want)
@@ -248,6 +249,20 @@ func TestListenAndFiles(t *testing.T) {
 	}
 	if want := []string{"/home/vm/q.sock"}; !slices.Equal(p.OldUnix, want) {
 		t.Errorf("old sockets %v", p.OldUnix)
+	}
+}
+
+// A manifest is data: what would make QEMU load code, or run something, is not
+// taken from it.
+func TestEnvironment(t *testing.T) {
+	rec := recorded("-m", "1G")
+	rec.Env = []string{"TZ=UTC", "LC_ALL=C", "LD_PRELOAD=/tmp/x.so", "LD_LIBRARY_PATH=/tmp", "QEMU_MODULE_DIR=/tmp", "PATH=/tmp", "GCONV_PATH=/tmp", "broken"}
+	p, _ := build(t, rec, Options{})
+	if want := []string{"TZ=UTC", "LC_ALL=C"}; !slices.Equal(p.Env, want) {
+		t.Errorf("environment %q, want %q", p.Env, want)
+	}
+	if len(p.Changes) == 0 || !strings.Contains(p.Changes[0].What, "LD_PRELOAD") {
+		t.Errorf("nothing is said of it: %v", p.Changes)
 	}
 }
 

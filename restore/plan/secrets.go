@@ -4,11 +4,9 @@ import (
 	"slices"
 	"strings"
 
+	"github.com/ckagent/ckagent/agent/image"
 	"github.com/ckagent/ckagent/agent/problem"
 )
-
-// RedactedMark stands in a recorded command line where a secret was.
-const RedactedMark = "[redacted]"
 
 // secrets puts files in the place of secrets that a checkpoint does not keep.
 func (b *builder) secrets() error {
@@ -38,7 +36,7 @@ func (b *builder) secrets() error {
 		if e.kv != nil {
 			v = e.kv.String()
 		}
-		if !strings.Contains(v, RedactedMark) {
+		if !strings.Contains(v, image.RedactedMark) {
 			continue
 		}
 		id := e.get("id")
@@ -50,7 +48,7 @@ func (b *builder) secrets() error {
 		if e.kv != nil {
 			i := slices.IndexFunc(e.kv.Keys(), func(k string) bool {
 				val, _ := e.kv.Get(k)
-				return strings.Contains(val, RedactedMark)
+				return strings.Contains(val, image.RedactedMark)
 			})
 			if i >= 0 {
 				key = " " + e.kv.Keys()[i]

@@ -5,8 +5,8 @@ import (
 	"strings"
 )
 
-// image is a file that backs a drive or a block node.
-type image struct {
+// imageFile is a file that backs a drive or a block node.
+type imageFile struct {
 	file   File
 	pflash bool
 	set    func(path string) // writes another path into the command line
@@ -66,8 +66,8 @@ func (b *builder) images() []File {
 	return out
 }
 
-func (b *builder) blockImages() []image {
-	var out []image
+func (b *builder) blockImages() []imageFile {
+	var out []imageFile
 	add := func(e *entry, path string, key string, writable, pflash bool) {
 		if !localFile(path) {
 			return
@@ -76,7 +76,7 @@ func (b *builder) blockImages() []image {
 		if key != "" {
 			set = func(p string) { e.kv.Set(key, p) }
 		}
-		out = append(out, image{
+		out = append(out, imageFile{
 			file:   File{Path: b.abs(path), Option: "-" + e.Name, Writable: writable, Firmware: pflash},
 			pflash: pflash, set: set, mapped: e.mapped[key],
 		})
