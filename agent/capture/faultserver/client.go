@@ -15,6 +15,7 @@ import (
 	"golang.org/x/sys/unix"
 
 	"github.com/ckagent/ckagent/agent/capture/arena"
+	"github.com/ckagent/ckagent/agent/cgroup"
 )
 
 // Start says how to start a fault server.
@@ -25,8 +26,6 @@ type Start struct {
 	Config  Config
 	// Ring sizes in pages: one for each fault thread, then one for each scanner.
 	FaultRingPages, ScanRingPages int
-	// Place, if not nil, moves the new process to a cgroup of its own.
-	Place func(pid int) error
 }
 
 // Client is the agent's end of a fault server. Its methods are called by one
@@ -74,13 +73,9 @@ func New(ctx context.Context, o Start) (*Client, error) {
 	if err := c.cmd.Start(); err != nil {
 		return nil, errors.Join(fmt.Errorf("start the fault server: %w", err), c.conn.Close(), a.Close())
 	}
-	if o.Place != nil {
-		err = o.Place(c.cmd.Process.Pid)
-	}
-	if err == nil {
-		err = c.configure(ctx, o.Config)
-	}
-	if err != nil {
+	// Apart from the agent: who freezes or starves that must not hold the guest.
+	cgroup.Move(c.PID(), c.group())
+	if err := c.configure(ctx, o.Config); err != nil {
 		return nil, errors.Join(err, c.Close())
 	}
 	return c, nil
@@ -112,6 +107,8 @@ func (c *Client) configure(ctx context.Context, cfg Config) error {
 	}
 	return c.receive(ctx)
 }
+
+func (c *Client) group() string { return fmt.Sprintf("faultserver-%d", c.PID()) }
 
 // PID is the fault server's process id.
 func (c *Client) PID() int { return c.cmd.Process.Pid }
@@ -207,5 +204,6 @@ func (c *Client) Close() error {
 	// How it ended does not matter any more; that it ended does.
 	_ = c.cmd.Wait()
 	kill.Stop()
+	cgroup.Remove(c.group())
 	return errors.Join(err, c.arena.Close())
 }

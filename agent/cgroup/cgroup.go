@@ -1,0 +1,114 @@
+package cgroup
+
+import (
+	"bufio"
+	"os"
+	"path/filepath"
+	"strconv"
+	"strings"
+)
+
+// Parent is the group, in each hierarchy, below which ours are.
+const Parent = "ckagent"
+
+// Group is a set of directories, one in each hierarchy. The zero value is a
+// group in no hierarchy, on which everything does nothing.
+type Group struct {
+	dirs    []string
+	freezer string // the directory in the old freezer hierarchy, "" if there is none
+}
+
+func (g Group) String() string { return strings.Join(g.dirs, " ") }
+
+// Apart reports whether any hierarchy took the process.
+func (g Group) Apart() bool { return len(g.dirs) > 0 }
+
+type hierarchy struct {
+	mount   string
+	freezer bool
+}
+
+// hierarchies lists the mounts concerned.
+func hierarchies() (out []hierarchy) {
+	f, err := os.Open("/proc/self/mounts")
+	if err != nil {
+		return nil
+	}
+	defer f.Close()
+	for sc := bufio.NewScanner(f); sc.Scan(); {
+		if h, ok := parseMount(sc.Text()); ok {
+			out = append(out, h)
+		}
+	}
+	return out
+}
+
+func parseMount(line string) (hierarchy, bool) {
+	w := strings.Fields(line)
+	if len(w) < 4 {
+		return hierarchy{}, false
+	}
+	switch w[2] {
+	case "cgroup2":
+		return hierarchy{mount: w[1]}, true
+	case "cgroup":
+		for opt := range strings.SplitSeq(w[3], ",") {
+			switch opt {
+			case "freezer", "cpu", "memory", "pids", "name=systemd":
+				return hierarchy{w[1], opt == "freezer"}, true
+			}
+		}
+	}
+	return hierarchy{}, false
+}
+
+// Join moves the calling process into groups of this name.
+func Join(name string) Group { return Move(os.Getpid(), name) }
+
+// Move moves a process into groups of this name.
+func Move(pid int, name string) (g Group) {
+	for _, h := range hierarchies() {
+		dir := filepath.Join(h.mount, Parent, name)
+		if os.MkdirAll(dir, 0o755) != nil {
+			continue
+		}
+		if !put(pid, dir) {
+			_ = os.Remove(dir)
+			continue
+		}
+		g.dirs = append(g.dirs, dir)
+		if h.freezer {
+			g.freezer = dir
+		}
+	}
+	return g
+}
+
+func put(pid int, dir string) bool {
+	return os.WriteFile(filepath.Join(dir, "cgroup.procs"), []byte(strconv.Itoa(pid)), 0) == nil
+}
+
+// Thaw moves a process that an old freezer holds into this group, which nobody
+// freezes. In the unified hierarchy a frozen process can be killed as it is.
+func (g Group) Thaw(pid int) {
+	if g.freezer != "" {
+		put(pid, g.freezer)
+	}
+}
+
+// Leave takes the calling process out, to the parents, and removes the group: one
+// with a process in it cannot be removed.
+func (g Group) Leave() {
+	for _, dir := range g.dirs {
+		put(os.Getpid(), filepath.Dir(dir))
+		_ = os.Remove(dir)
+	}
+}
+
+// Remove removes the groups of this name that are empty: those of a process that
+// has ended.
+func Remove(name string) {
+	for _, h := range hierarchies() {
+		_ = os.Remove(filepath.Join(h.mount, Parent, name))
+	}
+}

@@ -1,0 +1,60 @@
+package cgroup
+
+import (
+	"fmt"
+	"os"
+	"os/exec"
+	"strings"
+	"testing"
+)
+
+func TestParseMount(t *testing.T) {
+	for line, want := range map[string]hierarchy{
+		"cgroup2 /sys/fs/cgroup/unified cgroup2 rw 0 0":              {"/sys/fs/cgroup/unified", false},
+		"cgroup /sys/fs/cgroup/freezer cgroup rw,relatime,freezer 0": {"/sys/fs/cgroup/freezer", true},
+		"cgroup /c cgroup rw,cpu,cpuacct 0 0":                        {"/c", false},
+	} {
+		if got, ok := parseMount(line); !ok || got != want {
+			t.Errorf("%q: %+v, %v", line, got, ok)
+		}
+	}
+	for _, line := range []string{"", "cgroup", "tmpfs /sys/fs/cgroup tmpfs rw 0 0", "cgroup /d cgroup rw,devices 0 0"} {
+		if got, ok := parseMount(line); ok {
+			t.Errorf("%q is taken for %+v", line, got)
+		}
+	}
+}
+
+// A process is where it was moved to, and the group goes when the process has.
+func TestMoveAndRemove(t *testing.T) {
+	c := exec.Command("sleep", "60")
+	if err := c.Start(); err != nil {
+		t.Fatal(err)
+	}
+	pid := c.Process.Pid
+	name := fmt.Sprintf("test-%d", pid)
+	g := Move(pid, name)
+	groups, err := os.ReadFile(fmt.Sprintf("/proc/%d/cgroup", pid))
+	if kerr := c.Process.Kill(); kerr != nil {
+		t.Fatal(kerr)
+	}
+	_ = c.Wait() // killed, as wanted
+	Remove(name)
+	if err != nil {
+		t.Fatal(err)
+	}
+	if !g.Apart() {
+		if len(hierarchies()) > 0 && os.Getuid() == 0 {
+			t.Fatal("root could not move a process into any hierarchy")
+		}
+		return
+	}
+	if n := strings.Count(string(groups), "/"+Parent+"/"+name); n != len(g.dirs) {
+		t.Errorf("in %d groups, want %d:\n%s", n, len(g.dirs), groups)
+	}
+	for _, dir := range g.dirs {
+		if _, err := os.Stat(dir); err == nil {
+			t.Errorf("%s is left", dir)
+		}
+	}
+}
