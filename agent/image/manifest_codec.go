@@ -103,12 +103,25 @@ func DecodeManifest(path string, data []byte) (*Manifest, error) {
 	if err := checkTokens(data); err != nil {
 		return nil, corrupt(op, path, "%w", err)
 	}
+	// Nearly every manifest is of this very version: decode it strictly, and ask
+	// what it is only if that fails.
+	m, err := decodeBody(data, true)
+	if err == nil && m.Version == FormatMajor && m.Format == FormatName && len(m.Requires) == 0 {
+		if err := m.Validate(); err != nil {
+			return nil, corrupt(op, path, "%w", err)
+		}
+		return m, nil
+	}
+	return decodeOther(op, path, data)
+}
+
+// decodeOther decodes a manifest that is not plainly of this version.
+func decodeOther(op, path string, data []byte) (*Manifest, error) {
 	var head struct {
 		Format   string   `json:"format"`
 		Version  int      `json:"version"`
 		Minor    int      `json:"minor"`
 		Requires []string `json:"requires"`
-		ID       string   `json:"id"`
 	}
 	if err := json.Unmarshal(data, &head); err != nil {
 		return nil, corrupt(op, path, "%w", err)
@@ -128,21 +141,29 @@ func DecodeManifest(path string, data []byte) (*Manifest, error) {
 				WithHint("use the ckagent that wrote it, or a newer one")
 		}
 	}
+	// Every field of a known minor version is known here, so another one is damage
+	// or a mistake. A later minor version may add fields that can be ignored.
+	m, err := decodeBody(data, head.Minor <= FormatMinor)
+	if err == nil {
+		err = m.Validate()
+	}
+	if err != nil {
+		return nil, corrupt(op, path, "%w", err)
+	}
+	return m, nil
+}
+
+func decodeBody(data []byte, strict bool) (*Manifest, error) {
 	m := struct {
 		Manifest
 		Checksum string `json:"checksum"`
 	}{}
 	dec := json.NewDecoder(bytes.NewReader(data))
-	if head.Minor <= FormatMinor {
-		// Every field of this minor version is known here, so another one is damage
-		// or a mistake. A later minor version may add fields that can be ignored.
+	if strict {
 		dec.DisallowUnknownFields()
 	}
 	if err := dec.Decode(&m); err != nil {
-		return nil, corrupt(op, path, "%w", err)
-	}
-	if err := m.Manifest.Validate(); err != nil {
-		return nil, corrupt(op, path, "%w", err)
+		return nil, err
 	}
 	return &m.Manifest, nil
 }

@@ -230,7 +230,7 @@ func TestPowerLoss(t *testing.T) {
 	h := record(t)
 	variants := 8
 	if testing.Short() {
-		variants = 4
+		variants = 2
 	}
 	states, failures := h.replay(h.rec.Ops(), variants, 10)
 	for _, f := range failures[:min(len(failures), 10)] {

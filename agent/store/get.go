@@ -75,12 +75,10 @@ var errGone = errors.New("all of them were removed meanwhile")
 func (s *Store) choose(ctx context.Context, list []candidate, o GetOptions) (Selection, error) {
 	var sel Selection
 	for _, c := range list {
-		err := s.check(ctx, c, o)
-		if err == nil {
-			sel.Info, _, err = s.info(c)
-		}
+		m, err := s.check(ctx, c, o)
 		switch {
 		case err == nil:
+			sel.Info = infoOf(c, m)
 			return sel, nil
 		case s.gone(c):
 			// Removed while we looked: neither damaged nor skipped.
@@ -103,28 +101,41 @@ func (s *Store) gone(c candidate) bool {
 }
 
 // check verifies a checkpoint, shallow or deep.
-func (s *Store) check(ctx context.Context, c candidate, o GetOptions) error {
-	if i, _, err := s.info(c); err != nil || i.Damage != nil {
-		if err == nil {
-			err = i.Damage
-		}
-		return err
-	}
+func (s *Store) check(ctx context.Context, c candidate, o GetOptions) (*image.Manifest, error) {
 	if o.Deep {
 		img, err := s.openLeased(ctx, c)
 		if err != nil {
-			return err
+			return nil, err
 		}
 		defer img.Close()
-		return img.Verify(ctx, o.Progress)
+		return img.Manifest(), img.Verify(ctx, o.Progress)
 	}
-	r, err := image.OpenReaderFS(s.fs, c.dir)
+	r, err := s.openReader(c)
 	if err != nil {
-		return err
+		return nil, err
 	}
 	defer r.Close()
 	_, err = r.DeviceState(ctx)
-	return err
+	return r.Manifest(), err
+}
+
+// good reports whether the shallow check passes.
+func (s *Store) good(ctx context.Context, c candidate) bool {
+	_, err := s.check(ctx, c, GetOptions{})
+	return err == nil
+}
+
+// openReader opens a checkpoint and makes sure that it is the one its path says.
+func (s *Store) openReader(c candidate) (*image.Reader, error) {
+	r, err := image.OpenReaderFS(s.fs, c.dir)
+	if err != nil {
+		return nil, err
+	}
+	if err := c.matches(r.Manifest()); err != nil {
+		r.Close()
+		return nil, err
+	}
+	return r, nil
 }
 
 // Verify reads every byte of the checkpoint that ref names.
@@ -137,7 +148,11 @@ func (s *Store) Verify(ctx context.Context, ref string, progress func(done, tota
 	if err != nil {
 		return i, err
 	}
-	return i, s.check(ctx, c, GetOptions{Deep: true, Progress: progress})
+	if i.Damage != nil {
+		return i, i.Damage
+	}
+	_, err = s.check(ctx, c, GetOptions{Deep: true, Progress: progress})
+	return i, err
 }
 
 // Image is a checkpoint open for reading, protected by a lease until Close.
@@ -188,11 +203,7 @@ func (s *Store) openLeased(ctx context.Context, c candidate) (*Image, error) {
 	if err != nil {
 		return nil, err
 	}
-	r, err := image.OpenReaderFS(s.fs, c.dir)
-	if err == nil && r.Manifest().ID != c.id {
-		err = problem.New(problem.Integrity, op, c.dir, "it is checkpoint %s", r.Manifest().ID)
-		r.Close()
-	}
+	r, err := s.openReader(c)
 	if err != nil {
 		img.release()
 		return nil, err

@@ -120,29 +120,45 @@ func (s *Store) look(op, vm, id string) (candidate, error) {
 	return c, nil
 }
 
+// matches makes sure that a manifest belongs to its path.
+func (c candidate) matches(m *image.Manifest) error {
+	if m.ID == c.id && vmDir(m.VM) == c.vmDir {
+		return nil
+	}
+	return problem.New(problem.Integrity, "read manifest", c.dir, "it is of checkpoint %s of VM %q", m.ID, m.VM).
+		WithHint("the directory was moved or copied by hand: give it back its name")
+}
+
 // info reads the manifest of a committed candidate.
 func (s *Store) info(c candidate) (Info, *image.Manifest, error) {
-	i := Info{ID: c.id, VM: vmName(c.vmDir), Pinned: c.pinned, Leases: c.leases, Dir: c.dir}
-	i.CreatedAt, _ = parseID(c.id)
 	m, err := image.ReadManifest(s.fs, c.dir)
-	if err == nil && (m.ID != c.id || vmDir(m.VM) != c.vmDir) {
-		err = problem.New(problem.Integrity, "read manifest", c.dir, "it is of checkpoint %s of VM %q", m.ID, m.VM).
-			WithHint("the directory was moved or copied by hand: give it back its name")
+	if err == nil {
+		err = c.matches(m)
 	}
 	switch {
 	case err == nil:
+		return infoOf(c, m), m, nil
 	case problem.Is(err, problem.Integrity), problem.Is(err, problem.Refused):
+		i := infoOf(c, nil)
 		i.Damage = err
 		return i, nil, nil
-	default:
-		return i, nil, err
+	}
+	return infoOf(c, nil), nil, err
+}
+
+// infoOf puts together what a directory and its manifest, if it can be read, say.
+func infoOf(c candidate, m *image.Manifest) Info {
+	i := Info{ID: c.id, VM: vmName(c.vmDir), Pinned: c.pinned, Leases: c.leases, Dir: c.dir}
+	i.CreatedAt, _ = parseID(c.id)
+	if m == nil {
+		return i
 	}
 	i.VM, i.CreatedAt, i.Mode, i.Engine = m.VM, m.CreatedAt, m.Mode, m.Engine
 	i.Parent, i.GroupID, i.Epoch = m.Parent, m.GroupID, m.Epoch
 	i.RAMBytes, i.StoredBytes = m.Stats.RAMBytes, m.Stats.StoredBytes
 	i.Pages, i.ZeroPages, i.CapturedPages = m.Stats.Pages, m.Stats.ZeroPages, m.Stats.CapturedPages
 	i.PauseNS = m.Stats.PauseNS
-	return i, m, nil
+	return i
 }
 
 // List shows all committed checkpoints, by VM and then oldest first. It reads the

@@ -69,9 +69,9 @@ func (s *Store) unlink(ctx context.Context, op string, c candidate, siblings []c
 			return problem.New(problem.Refused, op, c.id, "checkpoint %s builds on it", o.id).
 				WithHint("remove %s first", o.id)
 		}
-		others = others || !force && s.check(ctx, o, GetOptions{}) == nil
+		others = others || !force && s.good(ctx, o)
 	}
-	if !others && !force && s.check(ctx, c, GetOptions{}) == nil {
+	if !others && !force && s.good(ctx, c) {
 		return problem.New(problem.Refused, op, c.id, "it is the last good checkpoint of its VM").WithHint("--force removes it all the same")
 	}
 	return s.vanish(op, c)
@@ -169,7 +169,7 @@ func (s *Store) ApplyRetention(ctx context.Context, vm string, keepLast int) (Re
 			case c.pinned:
 				reason = "pinned"
 			case good < keepLast:
-				switch err := s.check(ctx, c, GetOptions{}); {
+				switch _, err := s.check(ctx, c, GetOptions{}); {
 				case err == nil:
 					good++
 				case problem.Is(err, problem.Integrity), problem.Is(err, problem.Refused):
