@@ -9,18 +9,23 @@
 //   write    read the message, copy the page out (process_vm_readv), check that
 //            it is still armed (PAGEMAP_SCAN), unprotect and wake
 //   missing  read the message, UFFDIO_COPY
+//   drain    no faults: UFFDIO_COPY of a file in large pieces, one thread
 // Its figures are the limit that a fault service written in any language is to
 // be held against on the same machine.
 //
-// Usage: cwp [-k write|missing] [-w poll|block|spin] [-s MICROSECONDS]
-//            [-n PAGES] [-g GAP_NS] [-r RUNS] [-x]
+// Usage: cwp [-k write|missing|drain] [-w poll|block|spin] [-s MICROSECONDS]
+//            [-n PAGES] [-g GAP_NS] [-r RUNS] [-x] [-R] [-f FILE] [-c CHUNK]
 //   -w  how the server waits: poll and then read; a blocking read; reading in a
 //       loop for -s microseconds after each fault before it blocks in poll
 //   -g  let the target pause that long between two touches (a guest does
 //       something else meanwhile)
 //   -x  leave out the PAGEMAP_SCAN check
+//   -R  touch the pages in random order (the same each time) instead of
+//       one after the other
+//   -f, -c  what to drain, and how many bytes at a time (524288)
 //   -T  be only the target: pass the userfaultfd over descriptor 3, print the
 //       address, start at a byte on standard input (used by the Go benchmarks)
+//   -M  with -T: make no userfaultfd; who measures brings one
 // Output: one line per run, key=value.
 
 #define _GNU_SOURCE
@@ -36,6 +41,7 @@
 #include <sys/mman.h>
 #include <sys/prctl.h>
 #include <sys/socket.h>
+#include <sys/stat.h>
 #include <sys/syscall.h>
 #include <sys/uio.h>
 #include <sys/wait.h>
@@ -58,11 +64,12 @@ struct scan_region {
 #define IS_PRESENT (1u << 3)
 #define IS_SWAPPED (1u << 4)
 
-enum { WRITE, MISSING };
+enum { WRITE, MISSING, DRAIN };
 enum { POLL, BLOCK, SPIN };
 
-static int kind = WRITE, way = POLL, check = 1, target_only;
-static long pages = 20000, gap_ns, spin_us = 50, runs = 1;
+static int kind = WRITE, way = POLL, check = 1, target_only, random_order, bare;
+static long pages = 20000, gap_ns, spin_us = 50, runs = 1, chunk = 524288;
+static const char *drain_file;
 
 static void die(const char *what)
 {
@@ -122,11 +129,27 @@ static void target(int sock, int start_fd, int out_fd)
 	if (kind == WRITE)
 		for (long i = 0; i < pages; i++)
 			m[i * PAGE] = 1;
-	int fd = syscall(SYS_userfaultfd, O_CLOEXEC | O_NONBLOCK);
-	if (fd < 0)
-		die("userfaultfd");
-	pass_fd(sock, fd);
-	close(fd);
+	uint32_t *order = malloc(pages * sizeof *order);
+	if (!order)
+		die("target");
+	for (long i = 0; i < pages; i++)
+		order[i] = i;
+	if (random_order) { // Fisher-Yates by a xorshift generator
+		uint64_t x = 88172645463325252ull;
+		for (long i = pages - 1; i > 0; i--) {
+			x ^= x << 13, x ^= x >> 7, x ^= x << 17;
+			long j = x % (i + 1);
+			uint32_t t = order[i];
+			order[i] = order[j], order[j] = t;
+		}
+	}
+	if (!bare) {
+		int fd = syscall(SYS_userfaultfd, O_CLOEXEC | O_NONBLOCK);
+		if (fd < 0)
+			die("userfaultfd");
+		pass_fd(sock, fd);
+		close(fd);
+	}
 	fprintf(out, "%p\n", (void *)m);
 	fflush(out);
 	char b;
@@ -137,11 +160,12 @@ static void target(int sock, int start_fd, int out_fd)
 		if (gap_ns)
 			for (uint64_t until = now() + gap_ns; now() < until;)
 				;
+		volatile char *at = m + order[i] * PAGE;
 		uint64_t t = now();
 		if (kind == WRITE)
-			*(volatile char *)(m + i * PAGE) = 2;
+			*at = 2;
 		else
-			(void)*(volatile char *)(m + i * PAGE);
+			(void)*at;
 		took[i] = now() - t;
 	}
 	uint64_t total = now() - begin;
@@ -260,11 +284,42 @@ static void run(void)
 	waitpid(pid, 0, 0);
 }
 
+// The limit of a drain: nothing but the copies, from a file that is in memory.
+static void drain(void)
+{
+	int fd = open(drain_file, O_RDONLY | O_CLOEXEC);
+	struct stat st;
+	if (fd < 0 || fstat(fd, &st))
+		die(drain_file);
+	unsigned long bytes = st.st_size / chunk * chunk;
+	char *src = mmap(0, bytes, PROT_READ, MAP_PRIVATE | MAP_POPULATE, fd, 0);
+	char *dst = mmap(0, bytes, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS, -1, 0);
+	if (src == MAP_FAILED || dst == MAP_FAILED)
+		die("mmap");
+	int uffd = syscall(SYS_userfaultfd, O_CLOEXEC);
+	struct uffdio_api api = {.api = UFFD_API};
+	struct uffdio_register reg = {.range = {(uintptr_t)dst, bytes}, .mode = UFFDIO_REGISTER_MODE_MISSING};
+	if (uffd < 0 || ioctl(uffd, UFFDIO_API, &api) || ioctl(uffd, UFFDIO_REGISTER, &reg))
+		die("userfaultfd");
+	uint64_t begin = now();
+	for (unsigned long o = 0; o < bytes; o += chunk) {
+		struct uffdio_copy c = {.dst = (uintptr_t)dst + o, .src = (uintptr_t)src + o, .len = chunk};
+		if (ioctl(uffd, UFFDIO_COPY, &c))
+			die("UFFDIO_COPY");
+	}
+	uint64_t took = now() - begin;
+	printf("kind=drain bytes=%lu chunk=%ld total_ns=%lu\n", bytes, chunk, took);
+	close(uffd);
+	munmap(src, bytes);
+	munmap(dst, bytes);
+	close(fd);
+}
+
 int main(int argc, char **argv)
 {
-	for (int c; (c = getopt(argc, argv, "k:w:s:n:g:r:xT")) != -1;) {
+	for (int c; (c = getopt(argc, argv, "k:w:s:n:g:r:f:c:xTRM")) != -1;) {
 		switch (c) {
-		case 'k': kind = !strcmp(optarg, "missing") ? MISSING : WRITE; break;
+		case 'k': kind = !strcmp(optarg, "missing") ? MISSING : !strcmp(optarg, "drain") ? DRAIN : WRITE; break;
 		case 'w': way = !strcmp(optarg, "block") ? BLOCK : !strcmp(optarg, "spin") ? SPIN : POLL; break;
 		case 's': spin_us = atol(optarg); break;
 		case 'n': pages = atol(optarg); break;
@@ -272,18 +327,26 @@ int main(int argc, char **argv)
 		case 'r': runs = atol(optarg); break;
 		case 'x': check = 0; break;
 		case 'T': target_only = 1; break;
+		case 'R': random_order = 1; break;
+		case 'M': bare = 1; break;
+		case 'f': drain_file = optarg; break;
+		case 'c': chunk = atol(optarg); break;
 		default:
-			fprintf(stderr, "usage: %s [-k write|missing] [-w poll|block|spin] [-s us] [-n pages] [-g ns] [-r runs] [-x] [-T]\n", argv[0]);
+			fprintf(stderr, "usage: %s [-k write|missing|drain] [-w poll|block|spin] [-s us] [-n pages] [-g ns] [-r runs] [-f file] [-c bytes] [-xRTM]\n", argv[0]);
 			return 2;
 		}
 	}
-	if (pages < 1 || runs < 1 || gap_ns < 0 || spin_us < 0) {
+	if (pages < 1 || runs < 1 || gap_ns < 0 || spin_us < 0 || chunk < (long)PAGE || chunk % PAGE || (kind == DRAIN && !drain_file)) {
 		fprintf(stderr, "cwp: bad number\n");
 		return 2;
 	}
 	if (target_only)
 		target(3, 0, 1);
-	for (long i = 0; i < runs; i++)
-		run();
+	for (long i = 0; i < runs; i++) {
+		if (kind == DRAIN)
+			drain();
+		else
+			run();
+	}
 	return 0;
 }
