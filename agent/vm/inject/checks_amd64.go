@@ -4,8 +4,6 @@ import (
 	"bytes"
 	"encoding/binary"
 	"errors"
-	"fmt"
-	"os"
 
 	"golang.org/x/sys/unix"
 
@@ -18,11 +16,7 @@ func (t *tracer) checkThread() error {
 		return t.errorf(problem.Refused, "it runs 32-bit code (cs %#x)", t.orig.Cs).
 			WithHint("only 64-bit QEMU processes can be protected")
 	}
-	status, err := os.ReadFile(fmt.Sprintf("/proc/%d/task/%d/status", t.pid, t.tid))
-	if err != nil {
-		return t.failed("read status", unix.ESRCH)
-	}
-	if feature := statusField(status, "x86_Thread_features"); bytes.Contains(feature, []byte("shstk")) {
+	if feature := statusField(t.status, "x86_Thread_features"); bytes.Contains(feature, []byte("shstk")) {
 		return t.errorf(problem.Refused, "it runs with a shadow stack").
 			WithHint("start QEMU with GLIBC_TUNABLES=glibc.cpu.x86_shstk=off")
 	}
@@ -74,6 +68,23 @@ func (t *tracer) checkRseq() error {
 	return nil
 }
 
+// checkRoom looks at the mappings as they were just before the stop: a thread's
+// own stack does not go away. Only for a stack they do not know, they are read
+// again, which takes a millisecond in a big process.
+func (t *tracer) checkRoom() error {
+	if hasRoom(t.maps, t.l) {
+		return nil
+	}
+	maps, err := readMaps(t.pid)
+	if err != nil {
+		return t.failed("read maps", unix.ESRCH)
+	}
+	if !hasRoom(maps, t.l) {
+		return t.unfit("its stack has no room below %#x", t.orig.Rsp)
+	}
+	return nil
+}
+
 // hasRoom: everything from the first return address to the thread's rsp lies in
 // one writable mapping, so that nothing but its own free stack is written.
 func hasRoom(maps []mapping, l layout) bool {
@@ -90,12 +101,8 @@ const stackReserve = 4096
 
 // loadSeccomp fetches the filters that our calls will meet, and makes sure that
 // the way home, which nobody watches after our death, is open.
-func (t *tracer) loadSeccomp() error {
-	status, err := os.ReadFile(fmt.Sprintf("/proc/%d/task/%d/status", t.pid, t.tid))
-	if err != nil {
-		return t.failed("read status", unix.ESRCH)
-	}
-	switch string(statusField(status, "Seccomp")) {
+func (t *tracer) loadSeccomp() (err error) {
+	switch string(statusField(t.status, "Seccomp")) {
 	case "", "0":
 		return nil
 	case "2":

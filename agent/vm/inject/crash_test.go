@@ -58,6 +58,22 @@ func TestTracerDiesAtEveryStop(t *testing.T) {
 	}
 }
 
+// TestStaticProgram: no libc mapping, the way home is in the program itself.
+func TestStaticProgram(t *testing.T) {
+	if _, err := buildStatic(); err != nil {
+		t.Skipf("no static C library: %v", err)
+	}
+	v := startBuilt(t, buildStatic, "spin")
+	for _, stop := range []string{"parked", "masked", "recvmsg-enter", "ioctl-exit", "trapped", "unmasked"} {
+		if _, killed := runTracer(t, "device", v.pid, v.worker, stop); !killed {
+			t.Fatalf("no stop %q", stop)
+		}
+		v.untraced()
+		v.progress(1)
+		clean(t, v, stop)
+	}
+}
+
 // clean removes what a dead tracer left, as the guardian does.
 func clean(t *testing.T, v *victim, stop string) {
 	t.Helper()

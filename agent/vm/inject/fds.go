@@ -135,43 +135,53 @@ func CloseFD(ctx context.Context, pid, fd int) error {
 	return CloseFDs(ctx, pid, []int{fd})
 }
 
-// CloseFDs is CloseFD for several descriptors in one session. They are checked
-// again while the session's thread is held; another thread of the target could
-// in theory still replace one between check and close.
+// CloseFDs is CloseFD for several descriptors in one session. One that is gone is
+// fine: a thread whose tracer died may still be closing it. What they are is
+// checked again while the session's thread is held; another thread of the target
+// could in theory still replace one between check and close.
 func CloseFDs(ctx context.Context, pid int, fds []int) error {
-	if len(fds) == 0 {
-		return nil
-	}
-	if err := checkLeftovers(pid, fds); err != nil {
+	have, err := FindLeftovers(pid)
+	if err != nil {
 		return err
+	}
+	want := map[int]Leftover{}
+	for _, fd := range fds {
+		i := slices.IndexFunc(have, func(l Leftover) bool { return l.FD == fd })
+		if i >= 0 {
+			want[fd] = have[i]
+			continue
+		}
+		if _, err := os.Readlink(fmt.Sprintf("/proc/%d/fd/%d", pid, fd)); err == nil {
+			return problem.New(problem.Refused, "close", fdObject(pid, fd), "it is none that ckagent makes")
+		}
+	}
+	if len(want) == 0 {
+		return nil
 	}
 	s, err := Open(ctx, pid)
 	if err != nil {
 		return err
 	}
-	s.do(func() {
-		if err = checkLeftovers(pid, fds); err != nil {
-			return
-		}
-		for _, fd := range fds {
-			if _, cerr := s.t.invoke(ctx, "close", unix.SYS_CLOSE, uintptr(fd)); cerr != nil && err == nil {
-				err = problem.New(problem.Failed, "close", fmt.Sprintf("descriptor %d of pid %d", fd, pid), "%w", cerr)
-			}
-		}
-	})
+	s.do(func() { err = s.t.closeAll(ctx, want) })
 	return errors.Join(err, s.Close())
 }
 
-func checkLeftovers(pid int, fds []int) error {
-	have, err := FindLeftovers(pid)
+func fdObject(pid, fd int) string { return fmt.Sprintf("descriptor %d of pid %d", fd, pid) }
+
+// closeAll closes, of the descriptors wanted, those that still are what they were.
+func (t *tracer) closeAll(ctx context.Context, want map[int]Leftover) error {
+	have, err := FindLeftovers(t.pid)
 	if err != nil {
 		return err
 	}
-	for _, fd := range fds {
-		if !slices.ContainsFunc(have, func(l Leftover) bool { return l.FD == fd }) {
-			return problem.New(problem.Refused, "close", fmt.Sprintf("descriptor %d of pid %d", fd, pid),
-				"it is none that ckagent makes")
+	var errs []error
+	for _, l := range have {
+		if w, ok := want[l.FD]; !ok || w.Kind != l.Kind {
+			continue
+		}
+		if _, err := t.invoke(ctx, "close", unix.SYS_CLOSE, uintptr(l.FD)); err != nil && !errors.Is(err, unix.EBADF) {
+			errs = append(errs, problem.New(problem.Failed, "close", fdObject(t.pid, l.FD), "%w", err))
 		}
 	}
-	return nil
+	return errors.Join(errs...)
 }

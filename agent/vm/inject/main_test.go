@@ -47,15 +47,21 @@ func TestMain(m *testing.M) {
 	}())
 }
 
-var buildVictim = sync.OnceValues(func() (string, error) {
-	bin := filepath.Join(scratchDir, "victim")
-	out, err := exec.Command("gcc", "-O1", "-mavx2", "-mno-red-zone", "-Wall", "-Wextra", "-Werror", "-pthread",
-		"-o", bin, "testdata/victim.c").CombinedOutput()
+var (
+	buildVictim = sync.OnceValues(func() (string, error) { return compile("victim") })
+	buildStatic = sync.OnceValues(func() (string, error) { return compile("victim-static", "-static") })
+)
+
+func compile(name string, flags ...string) (string, error) {
+	bin := filepath.Join(scratchDir, name)
+	args := append([]string{"-O1", "-mavx2", "-mno-red-zone", "-Wall", "-Wextra", "-Werror", "-pthread",
+		"-o", bin, "testdata/victim.c"}, flags...)
+	out, err := exec.Command("gcc", args...).CombinedOutput()
 	if err != nil {
 		return "", fmt.Errorf("gcc: %w: %s", err, out)
 	}
 	return bin, nil
-})
+}
 
 // victim is a running testdata/victim.
 type victim struct {
@@ -69,16 +75,24 @@ type victim struct {
 	baseline []string // its descriptors and what they are
 }
 
-func startVictim(t testing.TB, kind string) *victim {
+func startVictim(t testing.TB, kind string, args ...string) *victim {
+	t.Helper()
+	return startBuilt(t, buildVictim, kind, args...)
+}
+
+func startBuilt(t testing.TB, build func() (string, error), kind string, args ...string) *victim {
 	t.Helper()
 	if _, err := exec.LookPath("gcc"); err != nil {
 		t.Skip("no gcc to build the victim with")
 	}
-	bin, err := buildVictim()
+	if b, err := os.ReadFile("/proc/cpuinfo"); err == nil && !strings.Contains(string(b), " avx2 ") {
+		t.Skip("this processor has no AVX2, which the victim checks")
+	}
+	bin, err := build()
 	if err != nil {
 		t.Fatal(err)
 	}
-	cmd := exec.Command(bin, kind)
+	cmd := exec.Command(bin, append([]string{kind}, args...)...)
 	cmd.Stderr = os.Stderr
 	in, _ := cmd.StdinPipe()
 	out, _ := cmd.StdoutPipe()

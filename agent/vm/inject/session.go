@@ -44,8 +44,8 @@ func Open(ctx context.Context, pid int) (*Session, error) {
 	return open(ctx, pid, 0)
 }
 
-// open is Open on one given thread if only is not 0.
-func open(ctx context.Context, pid, only int) (*Session, error) {
+// open is Open on one given thread if only is not 0; vcpus are taken last.
+func open(ctx context.Context, pid, only int, vcpus ...int) (*Session, error) {
 	if err := ctx.Err(); err != nil {
 		return nil, problem.New(problem.CodeOf(err), "inject", pidObject(pid), "%w", err)
 	}
@@ -67,7 +67,7 @@ func open(ctx context.Context, pid, only int) (*Session, error) {
 		return nil, problem.New(problem.Refused, "inject", pidObject(pid), "%w", err).
 			WithHint("its program code offers no way to return from a signal; nothing was touched")
 	}
-	s, err := openAny(ctx, pid, only, mem, g)
+	s, err := openAny(ctx, only, vcpus, tracer{pid: pid, mem: mem, g: g, maps: maps})
 	if err != nil {
 		mem.Close()
 		return nil, err
@@ -76,8 +76,9 @@ func open(ctx context.Context, pid, only int) (*Session, error) {
 }
 
 // openAny tries threads in order of preference.
-func openAny(ctx context.Context, pid, only int, mem *os.File, g gadgets) (*Session, error) {
-	threads, err := listThreads(pid)
+func openAny(ctx context.Context, only int, vcpus []int, proto tracer) (*Session, error) {
+	pid := proto.pid
+	threads, err := listThreads(pid, vcpus...)
 	if err != nil {
 		return nil, problem.New(problem.NotFound, "inject", pidObject(pid), "%w: %w", ErrGone, err)
 	}
@@ -90,7 +91,9 @@ func openAny(ctx context.Context, pid, only int, mem *os.File, g gadgets) (*Sess
 		if tried++; tried > maxAttempts {
 			break
 		}
-		s := start(ctx, &tracer{pid: pid, tid: th.tid, mem: mem, g: g})
+		t := proto
+		t.tid = th.tid
+		s := start(ctx, &t)
 		if last = s.begin(); last == nil {
 			return s, nil
 		}
@@ -131,6 +134,7 @@ func (s *Session) trace() {
 	}
 	defer close(s.end)
 	s.osThread, _ = unix.PidfdOpen(unix.Gettid(), pidfdThread)
+	defer hurry()()
 	stop := s.t.watchSignals()
 	defer stop()
 	for f := range s.work {
@@ -139,10 +143,28 @@ func (s *Session) trace() {
 			break
 		}
 	}
-	if s.t.gone || s.t.released {
+	if s.t.released {
 		runtime.UnlockOSThread()
 	}
-	// Otherwise this OS thread ends with the goroutine, and the kernel detaches.
+	// Otherwise this OS thread ends with the goroutine, and the kernel detaches:
+	// also from a thread that has ended, whose process could not be reaped by its
+	// parent as long as it has a tracer.
+}
+
+// hurry gives the tracing thread the highest priority it may have, since a thread
+// of somebody else's waits for it at each step. Best effort.
+func hurry() (undo func()) {
+	tid := unix.Gettid()
+	nice, err := unix.Getpriority(unix.PRIO_PROCESS, tid)
+	if err != nil {
+		return func() {}
+	}
+	nice = 20 - nice // the system call returns 20-nice
+	if unix.Setpriority(unix.PRIO_PROCESS, tid, -20) != nil {
+		return func() {}
+	}
+	// A tracing thread that ends takes its priority with it.
+	return func() { _ = unix.Setpriority(unix.PRIO_PROCESS, tid, nice) }
 }
 
 // do runs f on the tracing OS thread.
@@ -163,7 +185,10 @@ func (s *Session) begin() error {
 	s.do(func() {
 		ctx, cancel := context.WithTimeout(s.ctx, attemptTimeout)
 		defer cancel()
-		if err = s.t.seize(ctx); err == nil {
+		if err = s.t.look(); err == nil {
+			err = s.t.seize(ctx)
+		}
+		if err == nil {
 			hook("interrupted")
 			err = s.t.prepare()
 		}
@@ -184,7 +209,7 @@ func (s *Session) join() {
 	if s.osThread < 0 {
 		return
 	}
-	if !s.t.gone && !s.t.released {
+	if !s.t.released {
 		fds := []unix.PollFd{{Fd: int32(s.osThread), Events: unix.POLLIN}}
 		deadline := time.Now().Add(closeTimeout)
 		for left := closeTimeout; left > 0; left = time.Until(deadline) {

@@ -1,6 +1,7 @@
 package inject
 
 import (
+	"cmp"
 	"fmt"
 	"os"
 	"slices"
@@ -18,14 +19,20 @@ type thread struct {
 	nr    int64 // system call it sleeps in; -1 not in one, -2 unknown (running)
 	args  [6]uint64
 	rsp   uint64
+	vcpu  bool // the caller said so
 }
+
+// kvmRun is KVM_RUN, _IO(0xAE, 0x80).
+const kvmRun = 0xae80
 
 // unfit is the rank of a thread that cannot be used at all.
 const unfit = 100
 
 // rank orders candidates: lower is better. A vCPU's pause costs the guest, the
 // main loop's costs its I/O, a call with a relative timeout is not restarted
-// exactly should the tracer die.
+// exactly should the tracer die. QEMU names its threads only with
+// debug-threads=on; among equals the oldest is best, which in QEMU is the one
+// that frees memory in the background.
 func (t thread) rank(pid int) int {
 	switch t.state {
 	case 'S', 'R', 'T':
@@ -36,7 +43,7 @@ func (t thread) rank(pid int) int {
 		return unfit // kernel workers in the process's clothes never reach user mode
 	}
 	// Ranks 7 and up cost the guest or the thread itself.
-	vcpu := strings.HasPrefix(t.comm, "CPU ")
+	vcpu := t.vcpu || strings.HasPrefix(t.comm, "CPU ") || t.nr == unix.SYS_IOCTL && t.args[1] == kvmRun
 	switch {
 	case t.nr < 0 && vcpu:
 		return 10
@@ -81,8 +88,8 @@ func (t thread) restartsInexactly() bool {
 }
 
 // listThreads reads the state of every thread of a process, best candidate first,
-// without those that are unfit.
-func listThreads(pid int) ([]thread, error) {
+// without those that are unfit. vcpus are threads known to be vCPUs.
+func listThreads(pid int, vcpus ...int) ([]thread, error) {
 	dir := fmt.Sprintf("/proc/%d/task", pid)
 	entries, err := os.ReadDir(dir)
 	if err != nil {
@@ -98,11 +105,14 @@ func listThreads(pid int) ([]thread, error) {
 		if err != nil {
 			continue // it has ended meanwhile
 		}
+		t.vcpu = slices.Contains(vcpus, tid)
 		if t.rank(pid) < unfit {
 			out = append(out, t)
 		}
 	}
-	slices.SortStableFunc(out, func(a, b thread) int { return a.rank(pid) - b.rank(pid) })
+	slices.SortFunc(out, func(a, b thread) int {
+		return cmp.Or(a.rank(pid)-b.rank(pid), a.tid-b.tid)
+	})
 	return out, nil
 }
 

@@ -45,6 +45,9 @@ type tracer struct {
 	pid, tid int
 	mem      *os.File
 	g        gadgets
+	maps     []mapping // as they were before the stop
+	status   []byte    // the thread's /proc status, likewise
+	xstate   []byte
 	sigchld  chan os.Signal
 
 	stopped  bool // in a ptrace stop
@@ -135,6 +138,16 @@ func (t *tracer) resume(request, sig int) error {
 	return nil
 }
 
+// look reads what can be read before the stop, and takes the memory that will be
+// needed, so as to keep the stop short.
+func (t *tracer) look() (err error) {
+	if t.status, err = os.ReadFile(fmt.Sprintf("/proc/%d/task/%d/status", t.pid, t.tid)); err != nil {
+		return t.failed("read status", unix.ESRCH)
+	}
+	t.xstate = make([]byte, xstateMaxBytes()+4096)
+	return nil
+}
+
 // seize stops the thread at a PTRACE_EVENT_STOP without changing it.
 func (t *tracer) seize(ctx context.Context) error {
 	t.since = time.Now()
@@ -191,19 +204,13 @@ func (t *tracer) prepare() error {
 	if t.mask, err = getSigMask(t.tid); err != nil {
 		return t.failed("read signal mask", err)
 	}
-	xmax := xstateMaxBytes()
-	xstate := make([]byte, xmax+4096)
-	n, err := getRegSet(t.tid, ntX86XState, xstate)
+	n, err := getRegSet(t.tid, ntX86XState, t.xstate)
 	if err != nil {
 		return t.failed("read vector registers", err)
 	}
-	t.l = layoutBelow(t.orig.Rsp, max(xmax, n), t.g)
-	maps, err := readMaps(t.pid)
-	if err != nil {
-		return t.failed("read maps", err)
-	}
-	if !hasRoom(maps, t.l) {
-		return t.unfit("its stack has no room below %#x", t.orig.Rsp)
+	t.l = layoutBelow(t.orig.Rsp, max(xstateMaxBytes(), n), t.g)
+	if err := t.checkRoom(); err != nil {
+		return err
 	}
 	if !verifyGadgets(t.mem, t.g) {
 		return t.unfit("its code changed")
@@ -215,7 +222,7 @@ func (t *tracer) prepare() error {
 	if err := t.loadSeccomp(); err != nil {
 		return err
 	}
-	frame := buildFrame(t.l, t.g, &t.orig, t.mask, xstate[:n], enabledFeatures())
+	frame := buildFrame(t.l, t.g, &t.orig, t.mask, t.xstate[:n], enabledFeatures())
 	if _, err := t.mem.WriteAt(frame, int64(t.l.entry)); err != nil {
 		return t.errorf(problem.Failed, "write signal frame: %w", err)
 	}

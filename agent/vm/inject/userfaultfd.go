@@ -22,6 +22,9 @@ type Options struct {
 	KeepInside bool
 	// SyscallOnly skips /dev/userfaultfd and uses userfaultfd(2).
 	SyscallOnly bool
+	// VCPUs are threads that run the guest (query-cpus-fast); they are taken only
+	// if nothing else can be. Without it they are known by name or by KVM_RUN.
+	VCPUs []int
 	// Trace, if not nil, is filled with how it went.
 	Trace *Trace
 }
@@ -66,7 +69,7 @@ func userfaultfd(ctx context.Context, pid, tid int, o Options) (local *os.File, 
 		}
 	}
 	m.address = socketAddress()
-	s, err := open(ctx, pid, tid)
+	s, err := open(ctx, pid, tid, o.VCPUs...)
 	if err != nil {
 		return nil, -1, err
 	}
