@@ -69,10 +69,7 @@ func Join(name string) Group { return Move(os.Getpid(), name) }
 func Move(pid int, name string) (g Group) {
 	for _, h := range hierarchies() {
 		dir := filepath.Join(h.mount, Parent, name)
-		if os.MkdirAll(dir, 0o755) != nil {
-			continue
-		}
-		if !put(pid, dir) {
+		if !makeAndPut(pid, dir) {
 			_ = os.Remove(dir)
 			continue
 		}
@@ -82,6 +79,16 @@ func Move(pid int, name string) (g Group) {
 		}
 	}
 	return g
+}
+
+// makeAndPut tries again if a Sweep took the empty group away in between.
+func makeAndPut(pid int, dir string) bool {
+	for range 3 {
+		if os.MkdirAll(dir, 0o755) == nil && put(pid, dir) {
+			return true
+		}
+	}
+	return false
 }
 
 func put(pid int, dir string) bool {
@@ -110,5 +117,21 @@ func (g Group) Leave() {
 func Remove(name string) {
 	for _, h := range hierarchies() {
 		_ = os.Remove(filepath.Join(h.mount, Parent, name))
+	}
+}
+
+// Sweep removes all our groups that are empty: those of processes that were
+// killed. Groups that somebody is in cannot be removed and stay.
+func Sweep() {
+	for _, h := range hierarchies() {
+		entries, err := os.ReadDir(filepath.Join(h.mount, Parent))
+		if err != nil {
+			continue
+		}
+		for _, e := range entries {
+			if e.IsDir() {
+				_ = os.Remove(filepath.Join(h.mount, Parent, e.Name()))
+			}
+		}
 	}
 }

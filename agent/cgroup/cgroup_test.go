@@ -38,8 +38,9 @@ func TestMoveAndRemove(t *testing.T) {
 	if kerr := c.Process.Kill(); kerr != nil {
 		t.Fatal(kerr)
 	}
-	_ = c.Wait() // killed, as wanted
-	Remove(name)
+	Sweep() // it has not been reaped: the group is in use
+	_ = c.Wait()
+	Sweep()
 	if err != nil {
 		t.Fatal(err)
 	}
