@@ -32,8 +32,13 @@ type bufferedRun struct {
 // pause.
 const bufferSlack = 64 << 20
 
+// populateStep is how much memory is made present in one call: the call holds our
+// address space's lock, and with it everything that has to grow or fault, the
+// heartbeat that the guardian waits for included.
+const populateStep = 4 << 20
+
 // newPageBuffer allocates a buffer for what the VM holds now, and an eighth more.
-func newPageBuffer(src *source.Source, limit uint64) (*pageBuffer, error) {
+func newPageBuffer(ctx context.Context, src *source.Source, limit uint64) (*pageBuffer, error) {
 	var content uint64
 	for i := range src.Blocks() {
 		runs, err := src.Runs(i, 0, src.Block(i).Pages, nil)
@@ -67,10 +72,16 @@ func newPageBuffer(src *source.Source, limit uint64) (*pageBuffer, error) {
 	// it works as well.
 	_ = unix.Madvise(mem, unix.MADV_HUGEPAGE)
 	b := &pageBuffer{mem: mem, runs: make([]bufferedRun, 0, 1<<16)}
-	if err := unix.Madvise(mem, unix.MADV_POPULATE_WRITE); err != nil {
-		b.free()
-		return nil, problem.New(problem.Refused, "buffer RAM", fmt.Sprintf("%d bytes", size), "%w", err).
-			WithHint("the host lacks the memory; use mode cow or stop")
+	for at := 0; at < len(mem); at += populateStep {
+		if err := ctx.Err(); err != nil {
+			b.free()
+			return nil, err
+		}
+		if err := unix.Madvise(mem[at:min(at+populateStep, len(mem))], unix.MADV_POPULATE_WRITE); err != nil {
+			b.free()
+			return nil, problem.New(problem.Refused, "buffer RAM", fmt.Sprintf("%d bytes", size), "%w", err).
+				WithHint("the host lacks the memory; use mode cow or stop")
+		}
 	}
 	return b, nil
 }

@@ -267,7 +267,7 @@ func (s *session) capture(ctx context.Context) (hot image.HotRuns, err error) {
 			return err
 		}
 	case Buffer:
-		buf, err := newPageBuffer(s.src, s.o.BufferBytes)
+		buf, err := newPageBuffer(ctx, s.src, s.o.BufferBytes)
 		if err != nil {
 			return nil, err
 		}
