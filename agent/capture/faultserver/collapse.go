@@ -13,7 +13,7 @@ const madvCollapse = 25 // MADV_COLLAPSE, Linux 6.1
 // collapse makes huge pages whole again that were split while they were armed,
 // for as long as the configuration allows. It is a courtesy: where the kernel
 // has no free huge page or lacks the call, the guest keeps small pages.
-func (s *server) collapse(beat func()) {
+func (s *server) collapse() {
 	if s.stats.HugeBefore == 0 {
 		return
 	}
@@ -35,7 +35,6 @@ func (s *server) collapse(beat func()) {
 			if processMadvise(pidfd, t.block.HVA+g*hugePages*pageBytes, hugePages*pageBytes, madvCollapse) == nil {
 				s.stats.HugeCollapsed++
 			}
-			beat()
 		}
 	}
 }

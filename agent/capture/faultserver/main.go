@@ -9,6 +9,7 @@ import (
 	"os"
 	"runtime"
 	"runtime/debug"
+	"sync"
 	"time"
 
 	"golang.org/x/sys/unix"
@@ -75,8 +76,8 @@ func Main(d Deps) error {
 		return fmt.Errorf("fault server: configuration: %w", err)
 	}
 	// A thread that is inside a bare system call holds its P; there must be
-	// others left for the command loop.
-	runtime.GOMAXPROCS(cfg.FaultThreads + cfg.ScanThreads + 3)
+	// others left for the command loop and the heartbeat.
+	runtime.GOMAXPROCS(cfg.FaultThreads + cfg.ScanThreads + 4)
 	s, err := newServer(cfg, a)
 	if err != nil {
 		return errors.Join(err, send(conn, nil, err))
@@ -110,9 +111,30 @@ type commandLoop struct {
 	beat func()
 }
 
+// beating leaves our sign of life until stop is closed. It is not the command
+// loop's business: taking the userfaultfd and arming a large guest take that loop
+// longer than the guardian waits for a beat.
+func (l *commandLoop) beating(stop <-chan struct{}) {
+	tick := time.NewTicker(beatEvery)
+	defer tick.Stop()
+	for {
+		select {
+		case <-tick.C:
+			l.beat()
+		case <-stop:
+			return
+		}
+	}
+}
+
 // run serves commands until the capture is over. Whatever happens, nothing is
 // armed when it returns.
 func (l *commandLoop) run() error {
+	var beats sync.WaitGroup
+	stop := make(chan struct{})
+	beats.Go(func() { l.beating(stop) })
+	defer beats.Wait()
+	defer close(stop)
 	requests := make(chan op)
 	done := make(chan struct{})
 	readErr := make(chan error, 1)
@@ -153,13 +175,9 @@ func (l *commandLoop) read(requests chan<- op, done <-chan struct{}) error {
 }
 
 func (l *commandLoop) serve(requests <-chan op) error {
-	tick := time.NewTicker(beatEvery)
-	defer tick.Stop()
 	complete := (chan struct{})(nil)
 	for {
 		select {
-		case <-tick.C:
-			l.beat()
 		case <-l.s.failed:
 			// Let go first; the agent learns of it by its next request, or now
 			// if it is waiting for the scan.
@@ -212,7 +230,7 @@ func (l *commandLoop) finish() error {
 	if err == nil {
 		err = l.s.finishRings()
 	}
-	l.s.collapse(l.beat)
+	l.s.collapse()
 	return send(l.conn, l.s, err)
 }
 
