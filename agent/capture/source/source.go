@@ -200,7 +200,8 @@ func appendRun(out []Run, mark int, r Run) []Run {
 }
 
 // mappedRuns answers from the page table: content is what is present, except for
-// mappings of the zero page, and what is swapped out or migrating.
+// mappings of the zero page, and what is swapped out or migrating. Kernels
+// without PAGEMAP_SCAN do not tell the zero page apart: there it is content.
 func (s *Source) mappedRuns(b *source, first, n uint64, out []Run) ([]Run, error) {
 	var regions [128]pagemap.Region
 	mark := len(out)
@@ -223,6 +224,9 @@ func (s *Source) mappedRuns(b *source, first, n uint64, out []Run) ([]Run, error
 		out = s.entryRuns(b, page(r.Start), page(r.End), mark, out)
 		return true
 	})
+	if errors.Is(err, pagemap.ErrUnsupported) { // Linux before 6.7
+		return s.entryRuns(b, first, first+n, mark, out[:mark]), nil
+	}
 	if err != nil {
 		return out[:mark], err
 	}

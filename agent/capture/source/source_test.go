@@ -160,3 +160,20 @@ func TestRangesOutsideTheBlockAreErrors(t *testing.T) {
 		t.Error("read beyond the block")
 	}
 }
+
+// Kernels without PAGEMAP_SCAN are asked entry by entry. The zero page, which
+// they do not tell apart, is the one difference.
+func TestRunsByEntries(t *testing.T) {
+	hva, mem := mapping(t, -1, unix.MAP_PRIVATE|unix.MAP_ANONYMOUS)
+	s := openSelf(t, Block{HVA: hva, Pages: 1024})
+	if d := cmp.Diff(wantRuns, s.entryRuns(&s.blocks[0], 0, 1024, 0, nil)); d != "" {
+		t.Fatal(d)
+	}
+	if d := cmp.Diff([]Run{{4, 1, false}, {5, 5, true}}, s.entryRuns(&s.blocks[0], 4, 10, 0, nil)); d != "" {
+		t.Fatal(d)
+	}
+	_ = mem[9*PageBytes]
+	if d := cmp.Diff([]Run{{9, 1, false}}, s.entryRuns(&s.blocks[0], 9, 10, 0, nil)); d != "" {
+		t.Fatal(d)
+	}
+}
