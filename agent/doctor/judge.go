@@ -11,6 +11,9 @@ import (
 	"golang.org/x/sys/unix"
 )
 
+// onlyStopped is what the lack of a kernel feature that mode cow needs costs.
+const onlyStopped = "no checkpoint while the VM runs (mode cow), modes stop and buffer only"
+
 // serverMemory is what the fault server of one VM locks at most.
 const serverMemory = 256 << 20
 
@@ -80,7 +83,7 @@ func judgeKernel(f *Facts) []Check {
 	c = Check{Name: "marks on absent pages", Status: OK, Detail: "WP_UNPOPULATED"}
 	if !u.Features.Has(uffd.FeatureWPUnpopulated) {
 		c.Status, c.Detail = Missing, lacks(u, uffd.FeatureWPUnpopulated, nil)
-		c.Costs = "anonymous RAM the guest never touched cannot be armed as it is: it is mapped to the zero page first, which takes time and page tables (2 MiB per GiB)"
+		c.Costs = "anonymous RAM that the guest never touched cannot be write-protected: " + onlyStopped
 		c.Mend = "Linux 6.4 or later"
 	}
 	add(c)
@@ -96,7 +99,8 @@ func judgeKernel(f *Facts) []Check {
 	c = Check{Name: "PAGEMAP_SCAN", Status: OK, Detail: "answers"}
 	if !f.Scan {
 		c.Status, c.Detail = Missing, "not in this kernel"
-		c.Costs = "page tables are read entry by entry: the check after a checkpoint takes several times as long, and no tracking between checkpoints"
+		c.Costs = "what a write-protected page went through cannot be proved in the time there is: " + onlyStopped +
+			"; page tables are read entry by entry, pages that are mapped to the zero page count as used"
 		c.Mend = "Linux 6.7 or later"
 	}
 	add(c)
@@ -451,11 +455,17 @@ func judgeEngines(f *Facts, r *Report) []Engine {
 
 	pick := func(ram, need string) Engine {
 		e := Engine{RAM: ram, Engine: "none", Modes: stopped}
+		var lacks []string
+		for _, n := range []string{need, "marks on absent pages", "PAGEMAP_SCAN"} {
+			if !usable("kernel", n) {
+				lacks = append(lacks, n)
+			}
+		}
 		switch {
 		case !inject:
 			e.Reason = "a userfaultfd cannot be put into a VM here"
-		case !usable("kernel", need):
-			e.Reason = "this kernel has no " + need
+		case len(lacks) > 0:
+			e.Reason = "this kernel has no " + strings.Join(lacks, ", no ")
 		default:
 			e.Engine, e.Modes, e.Reason = "uffd", all, "synchronous write protection"
 		}
