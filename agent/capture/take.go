@@ -241,7 +241,7 @@ func (s *session) capture(ctx context.Context) (hot image.HotRuns, err error) {
 	if err != nil {
 		return nil, err
 	}
-	defer func() { err = errors.Join(err, w.close(ctx)) }()
+	defer func() { err = errors.Join(w.explain(s, err), w.close(ctx)) }()
 
 	var inside func(context.Context) error
 	var after func(context.Context) error

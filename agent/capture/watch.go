@@ -95,6 +95,15 @@ func (w *watch) Resumed() {
 	w.control.Running.Store(0)
 }
 
+// explain adds what only the guardian knows to a failure.
+func (w *watch) explain(s *session, err error) error {
+	if err == nil || guardian.Acted(w.control.GuardianActed.Load()) != guardian.ServerKilled {
+		return err
+	}
+	return problem.New(problem.Busy, "capture RAM", s.object, "the fault server gave no sign of life and was ended: %w", err).
+		WithHint("the host is overloaded; take it again")
+}
+
 // close ends the helpers. What might still be armed is released first, and while
 // the guardian watches.
 func (w *watch) close(ctx context.Context) error {

@@ -237,6 +237,11 @@ func (g *child) takeOver(ctx context.Context, why string, held bool) error {
 	if held {
 		g.control.GuardianActed.Store(uint32(acted))
 	}
+	if r.AgentEnded {
+		// The agent was killed and cannot say why. All is put right by now, so it
+		// does no harm if whoever reads this has stopped reading.
+		fmt.Fprintf(os.Stderr, "ckagent: guardian of pid %d: %s, so it was ended and the VM put right; there is no checkpoint\n", g.QEMU.PID, why)
+	}
 	if held || len(r.ClosedFDs) > 0 || r.ServerEnded {
 		return writeJSON(statePath(g.StateDir, g.QEMU)+reportSuffix, r)
 	}
