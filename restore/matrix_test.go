@@ -16,6 +16,7 @@ import (
 // TestMatrix restores each kind of machine lazily and has its guest verify all its
 // memory. Whether the memory was really paged in is checked, not assumed.
 func TestMatrix(t *testing.T) {
+	leaveOutIfShort(t)
 	small := vmtest.Config{MemoryMiB: 192, WSMiB: 8}
 	with := func(change func(c *vmtest.Config)) vmtest.Config {
 		c := small
@@ -38,16 +39,12 @@ func TestMatrix(t *testing.T) {
 		{"user network", with(func(c *vmtest.Config) { c.Echo = true })},
 		{"video", with(func(c *vmtest.Config) { c.Args = []string{"-vga", "std"} })},
 	} {
-		t.Run(c.name, func(t *testing.T) {
-			if testing.Short() {
-				vmtest.Skip(t, "restore-matrix", "a dozen machines take a minute; left out with -short")
-			}
-			restoreMachine(t, c.cfg)
-		})
+		t.Run(c.name, func(t *testing.T) { restoreMachine(t, c.cfg) })
 	}
 }
 
 func TestMatrixQEMU10(t *testing.T) {
+	leaveOutIfShort(t)
 	q, err := guest.QEMU10(t.Context())
 	if err != nil {
 		vmtest.Skip(t, "qemu10", "QEMU 10 cannot be unpacked here: %v", err)
@@ -69,6 +66,12 @@ func TestMatrixQEMU10(t *testing.T) {
 		o.Binary, o.Extra = upgraded(t, q), q.Args
 		logPhases(t, restoreAndCheck(t, st, id, o, v))
 	})
+}
+
+func leaveOutIfShort(t *testing.T) {
+	if testing.Short() {
+		vmtest.Skip(t, "restore-matrix", "a dozen machines take a minute; left out with -short")
+	}
 }
 
 // upgraded is a program that runs another QEMU with the environment it needs.

@@ -8,6 +8,7 @@ import (
 	"path/filepath"
 	"strconv"
 	"strings"
+	"sync/atomic"
 
 	"golang.org/x/sys/unix"
 
@@ -84,22 +85,20 @@ func reserveRunDir(root, name string) (*runDir, error) {
 	if err := os.MkdirAll(root, 0o700); err != nil {
 		return nil, problem.New(problem.Failed, "make run directory", root, "%w", err)
 	}
-	base := runDirName(root, name)
-	for i := 1; ; i++ {
-		path := base
-		if i > 1 {
-			path += "." + strconv.Itoa(i)
-		}
-		err := os.Mkdir(path, 0o700)
-		if errors.Is(err, os.ErrExist) && i < 1000 {
-			continue
-		}
-		if err != nil {
-			return nil, problem.New(problem.Failed, "make run directory", path, "%w", err)
-		}
-		return &runDir{path: path}, nil
+	path := runDirName(root, name)
+	// A pager that is just ending removes its empty directory: names are not used
+	// twice by one process.
+	if n := dirCount.Add(1); n > 1 {
+		path += "." + strconv.FormatUint(n, 10)
 	}
+	if err := os.Mkdir(path, 0o700); err != nil {
+		return nil, problem.New(problem.Failed, "make run directory", path, "%w", err)
+	}
+	return &runDir{path: path}, nil
 }
+
+// dirCount counts the directories this process made.
+var dirCount atomic.Uint64
 
 // save writes the state; rename makes it whole for whoever reads it.
 func (d *runDir) save() error {
