@@ -159,9 +159,12 @@ func TestIdle(t *testing.T) {
 	waitGone(t, "fault server", a.server)
 	q.waitTicks(time.Second)
 	q.clean()
+	// On a busy host the fault server may not have gone in time: no more than that.
 	qid, _ := identify(q.pid)
 	if exists(statePath(stateDir, qid) + reportSuffix) {
-		t.Error("a report of nothing was written")
+		if r := q.report(); !r.ServerEnded || r.AgentEnded || r.Continued || r.Resumed || len(r.ClosedFDs) > 0 || len(r.Problems) > 0 {
+			t.Errorf("report: %+v", r)
+		}
 	}
 }
 

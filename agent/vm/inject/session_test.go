@@ -62,19 +62,22 @@ func TestSessionLeavesThreadAsItWas(t *testing.T) {
 	}
 }
 
-// TestRemainingTime: sleeps interrupted again and again last as long as asked:
-// the victim itself measures each.
+// TestRemainingTime: a sleep of 150 ms that is interrupted every 10 ms still ends,
+// again and again: each session lets it go on with what remains.
 func TestRemainingTime(t *testing.T) {
 	for _, kind := range []string{"nanosleep", "ppoll-timeout"} {
 		v := startVictim(t, kind)
-		first := v.check().rounds
-		began := time.Now()
-		for n := 0; time.Since(began) < 700*time.Millisecond; n++ {
+		first, began, visits := v.check().rounds, time.Now(), 0
+		for v.check().rounds < first+4 {
+			if time.Since(began) > 20*time.Second {
+				t.Fatalf("%s: %d rounds of 150 ms with %d visits in 20 s", kind, v.check().rounds-first, visits)
+			}
 			s, err := open(withTimeout(t), v.pid, v.worker)
 			if errors.Is(err, errUnfit) {
 				continue
 			}
 			if err != nil {
+				v.check() // a worker that found something wrong has ended
 				t.Fatal(err)
 			}
 			if _, err := s.Syscall(unix.SYS_GETPID); err != nil {
@@ -83,12 +86,10 @@ func TestRemainingTime(t *testing.T) {
 			if err := s.Close(); err != nil {
 				t.Fatal(err)
 			}
+			visits++
 			unix.Poll(nil, 10)
 		}
-		v.progress(1)
-		if r := v.check(); r.rounds < first+2 {
-			t.Errorf("%s: %d rounds of 150 ms in %v", kind, r.rounds-first, time.Since(began))
-		}
+		t.Logf("%s: %d visits in %v", kind, visits, time.Since(began).Round(time.Millisecond))
 	}
 }
 
