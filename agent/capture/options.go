@@ -11,7 +11,7 @@ import (
 type Mode string
 
 const (
-	Auto   Mode = "auto"   // cow where all RAM can be write-protected, else stop
+	Auto   Mode = "auto"   // cow where the kernel can write-protect all of the RAM, else stop
 	Stop   Mode = "stop"   // write it
 	Buffer Mode = "buffer" // copy it to memory
 	COW    Mode = "cow"    // write-protect it
@@ -52,7 +52,7 @@ type Options struct {
 
 // Event is one step of a checkpoint.
 type Event struct {
-	Step   string // attach, prearm, stop, resume, drain, retake, commit
+	Step   string // mode, prearm, stop, resume, drain, retake, commit
 	Detail string
 	Took   time.Duration // of the step that ended, if one did
 }

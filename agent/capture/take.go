@@ -32,6 +32,7 @@ type Result struct {
 	Manifest *image.Manifest
 	Timing   Timing
 	Capture  faultserver.Stats // mode cow
+	Reason   string            // why mode auto was not mode cow from the first attempt on; empty otherwise
 	Retaken  []string          // why earlier attempts were discarded
 	PID      int
 }
@@ -51,20 +52,29 @@ func Take(ctx context.Context, sub Subject, st *store.Store, o Options) (*Result
 		}
 		o.Helper = []string{self}
 	}
-	mode, err := chooseMode(sub.Target.Blocks, o.Mode)
+	var lacks error
+	if o.Mode == Auto || o.Mode == COW {
+		lacks = faultserver.Supported()
+	}
+	mode, why, err := chooseMode(sub.Target.Blocks, o.Mode, lacks)
 	if err != nil {
 		return nil, err
 	}
-	res := &Result{PID: sub.Target.Process.PID}
+	if why != "" {
+		o.tell("mode", 0, "%s: %s", mode, why)
+	}
+	res := &Result{PID: sub.Target.Process.PID, Reason: why}
 	for modes := attempts(mode, o.Mode); ; modes = modes[1:] {
 		s := &session{sub: sub, target: sub.Target, o: o, mode: modes[0], store: st, res: res,
 			object: fmt.Sprintf("VM %s (pid %d)", sub.Name, sub.Target.Process.PID)}
 		if err = s.take(ctx); err == nil {
 			return res, nil
 		}
-		switch faultserver.FailureOf(err) {
-		case faultserver.Unproven:
-		case faultserver.Unsupported: // and will not be at the next try either
+		failure := faultserver.FailureOf(err)
+		switch {
+		case failure == faultserver.Unproven:
+		case modes[0] == Buffer && problem.Is(err, problem.Refused): // more RAM than memory for it
+		case failure == faultserver.Unsupported: // and will not be at the next try either
 			for len(modes) > 1 && modes[1] == COW {
 				modes = modes[1:]
 			}
@@ -97,39 +107,6 @@ func attempts(mode, asked Mode) []Mode {
 		return []Mode{COW, COW, Buffer}
 	}
 	return []Mode{COW, COW, Buffer, Stop}
-}
-
-// chooseMode settles auto, and refuses a mode that the VM's RAM does not allow.
-func chooseMode(blocks []vm.RAMBlock, asked Mode) (Mode, error) {
-	for i := range blocks {
-		b := &blocks[i]
-		if b.PageBytes != source.PageBytes {
-			return "", problem.New(problem.Refused, "checkpoint", "RAMBlock "+b.Name, "its pages are %d bytes", b.PageBytes).
-				WithHint("huge page RAM is not supported in this version; use 4 KiB pages, transparent huge pages included")
-		}
-		if asked != Auto && asked != COW {
-			continue
-		}
-		if ok, why := b.CanWriteProtect(); !ok {
-			if asked == Auto {
-				return Stop, nil
-			}
-			return "", problem.New(problem.Refused, "checkpoint", "RAMBlock "+b.Name, "cannot be write-protected: %s", why).
-				WithHint("use mode stop, or give the VM its RAM on tmpfs, a memfd or anonymous memory")
-		}
-	}
-	if asked == Auto {
-		return COW, nil
-	}
-	return asked, nil
-}
-
-// Choose says which mode and engine a VM gets by itself, and why not the best.
-func Choose(blocks []vm.RAMBlock) (Mode, Engine, string) {
-	if _, err := chooseMode(blocks, COW); err != nil {
-		return Stop, EngineNone, err.Error()
-	}
-	return COW, EngineUffd, ""
 }
 
 // session is one attempt.
