@@ -137,7 +137,8 @@ type checkpointResult struct {
 	HugeBefore    int      `json:"huge_pages_before"`
 	HugeSplit     int      `json:"huge_pages_split"`
 	HugeCollapsed int      `json:"huge_pages_collapsed"`
-	Retaken       []string `json:"retaken"`
+	Reason        string   `json:"reason"`  // why not mode cow, if mode auto had to do without
+	Retaken       []string `json:"retaken"` // why earlier attempts were discarded
 }
 
 func (a *app) printCheckpoint(res *capture.Result) {
@@ -151,7 +152,7 @@ func (a *app) printCheckpoint(res *capture.Result) {
 		Faults: st.Faults, FaultP50NS: st.FaultP50NS, FaultP99NS: st.FaultP99NS, FaultMaxNS: st.FaultMaxNS,
 		RearmedRuns: st.FreezeRuns, TrackedFaults: st.TrackedFaults,
 		HugeBefore: st.HugeBefore, HugeSplit: st.HugeSplit, HugeCollapsed: st.HugeCollapsed,
-		Retaken: res.Retaken,
+		Reason: res.Reason, Retaken: res.Retaken,
 	}
 	if r.Retaken == nil {
 		r.Retaken = []string{}
@@ -163,4 +164,10 @@ func (a *app) printCheckpoint(res *capture.Result) {
 	fmt.Fprintf(a.out, "%s of VM %s: mode %s, pause %s (device state %s), total %s, %s RAM, %s stored, %d pages by %d faults\n",
 		r.ID, r.VM, r.Mode, durationText(time.Duration(r.PauseNS)), durationText(time.Duration(r.DeviceStateNS)),
 		durationText(time.Duration(r.TotalNS)), sizeText(r.RAMBytes), sizeText(r.StoredBytes), r.CapturedPages, r.Faults)
+	for _, why := range r.Retaken {
+		fmt.Fprintf(a.out, "an attempt was discarded: %s\n", why)
+	}
+	if r.Reason != "" {
+		fmt.Fprintf(a.out, "mode %s and not cow: %s\n", r.Mode, r.Reason)
+	}
 }
