@@ -59,4 +59,3 @@ func (o *Options) nameClone() {
 		o.CloneID = ""
 	}
 }
-
