@@ -160,6 +160,7 @@ func (g *child) run(ctx context.Context) error {
 		}
 		if fds[3].Revents != 0 {
 			g.serverDead, fds[3].Fd = true, -1
+			g.mendInjection(ctx)
 		}
 		if fds[4].Revents != 0 {
 			var ticks [8]byte
@@ -171,6 +172,9 @@ func (g *child) run(ctx context.Context) error {
 		g.lastRun = o.now
 		switch what {
 		case exitNow:
+			if !o.qemuDead {
+				g.mendInjection(ctx) // the server may have died between poll and now
+			}
 			return nil
 		case takeOver, tidy:
 			return g.takeOver(ctx, why, what == takeOver)
@@ -246,6 +250,22 @@ func (g *child) takeOver(ctx context.Context, why string, held bool) error {
 		return writeJSON(statePath(g.StateDir, g.QEMU)+reportSuffix, r)
 	}
 	return nil
+}
+
+// mendInjection closes what a fault server left in QEMU that died, or was ended
+// for its silence, in the middle of an injection. The agent lives and reports the
+// failure of the capture; this only tidies up.
+func (g *child) mendInjection(ctx context.Context) {
+	if g.control.Injecting.Load() == 0 || g.Server.PID == 0 || !waitExit(serverFD, serverPatience) {
+		return
+	}
+	r := Report{Schema: reportSchema, QEMUPID: g.QEMU.PID, Reason: "the fault server ended in an injection",
+		At: time.Now().Format(stateTimestamp), ClosedFDs: []int{}}
+	closeLeftovers(ctx, g.QEMU.PID, g.known, &r)
+	g.control.Injecting.Store(0)
+	if len(r.ClosedFDs) > 0 || len(r.Problems) > 0 {
+		_ = writeJSON(statePath(g.StateDir, g.QEMU)+reportSuffix, r) // a report is not worth a failure
+	}
 }
 
 // letGo sees that the fault server ends: by itself, since the agent is dead, or

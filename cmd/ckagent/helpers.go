@@ -24,7 +24,8 @@ func helperMain(args []string) (code int, ok bool) {
 	var err error
 	switch args[0] {
 	case capture.FaultServerVerb:
-		err = faultserver.Main(faultserver.Deps{Take: takeUserfaultfd, OpenControl: openBeat})
+		var h faultServerHooks
+		err = faultserver.Main(faultserver.Deps{Take: h.takeUserfaultfd, OpenControl: h.openBeat})
 	case guardian.Verb:
 		err = guardian.Main(ctx, args[1:])
 	case pager.VerbWorker:
@@ -40,18 +41,25 @@ func helperMain(args []string) (code int, ok bool) {
 	return problem.ExitCode(err), true
 }
 
-// takeUserfaultfd makes a userfaultfd in QEMU and leaves nothing there.
-func takeUserfaultfd(pid int) (*os.File, error) {
+// faultServerHooks are what a fault server needs from packages above it.
+type faultServerHooks struct{ control *guardian.Control }
+
+// takeUserfaultfd makes a userfaultfd in QEMU and leaves nothing there. Should this
+// process die meanwhile, the control page tells the guardian to tidy up.
+func (h *faultServerHooks) takeUserfaultfd(pid int) (*os.File, error) {
+	h.control.Injecting.Store(1)
 	f, _, err := inject.Userfaultfd(context.Background(), pid, inject.Options{})
+	h.control.Injecting.Store(0)
 	return f, err
 }
 
-// openBeat maps the control page for a fault server, which only leaves its
-// heartbeat there. It stays mapped until the process ends.
-func openBeat(f *os.File) (func(), error) {
+// openBeat maps the control page for a fault server, which leaves its heartbeat
+// there. It stays mapped until the process ends.
+func (h *faultServerHooks) openBeat(f *os.File) (func(), error) {
 	c, err := guardian.OpenControl(f)
 	if err != nil {
 		return nil, err
 	}
+	h.control = c
 	return c.BeatServer, nil
 }
