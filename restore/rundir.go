@@ -157,6 +157,7 @@ func Sweep(root string) (int, error) {
 		if s.BootID == boot && (s.QEMU.alive() || s.Restorer.alive() && s.QEMU.PID == 0) {
 			continue
 		}
+		dropCgroups(cgroupName(s.QEMU.PID)) // fails while a process is in it
 		if err := os.RemoveAll(dir); err != nil {
 			return n, err
 		}
