@@ -27,6 +27,7 @@ const (
 const (
 	maxDatagram = 1 << 20
 	beatEvery   = 20 * time.Millisecond
+	serverNice  = -10
 	// memoryLimit makes the collector run after all, should set-up ever need
 	// more than planned.
 	memoryLimit = 192 << 20
@@ -48,6 +49,10 @@ func Main(d Deps) error {
 	debug.SetMemoryLimit(memoryLimit)
 	// Where locking is not allowed the server still works, less predictably.
 	_ = unix.Mlockall(unix.MCL_CURRENT | unix.MCL_FUTURE | unix.MCL_ONFAULT)
+	// The guest waits for these threads, and the guardian for their heartbeat: on
+	// a busy host they must not queue behind everybody. We are a session, and so a
+	// group, of our own. The scanners step back again.
+	_ = unix.Setpriority(unix.PRIO_PGRP, 0, serverNice)
 
 	conn, err := inheritedSocket()
 	if err != nil {
