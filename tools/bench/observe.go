@@ -1,0 +1,165 @@
+package bench
+
+import (
+	"context"
+	"fmt"
+	"time"
+
+	"github.com/ckagent/ckagent/agent/qmp"
+	"github.com/ckagent/ckagent/tools/bench/report"
+)
+
+// window is how long before and after an operation the guest is looked at.
+const window = time.Second
+
+// settle is how long a guest runs before the window begins: it makes up for up to
+// 200 ms of writes that it missed.
+const settle = 600 * time.Millisecond
+
+// Names of figures; all but the shares and bytes are nanoseconds.
+const (
+	fPause    = "pause"     // STOP to RESUME
+	fGap      = "gap"       // longest silence of the vCPU around it
+	fCalm     = "calm"      // the same in the window before
+	fTotal    = "total"     // command to its end
+	fLost     = "lost"      // share of the guest's work
+	fLostTime = "lost_time" // the same as time: share times total
+	fCPU      = "cpu"       // processor time outside the vCPUs, s
+	fHuge     = "huge"      // share of the huge pages left
+	fDevice   = "device"    // saving the device state
+	fRest     = "rest"      // pause without it
+	fBytes    = "bytes"     // written
+	fSpeed    = "speed"     // of capturing, bytes/s
+	fRaw      = "raw"       // of write(2) of as many bytes
+	fOwnPause = "own_pause" // what the tool itself says
+	fSeenBias = "seen_bias" // share by which the tool's own figure differs from what the guest saw
+	fFaults   = "faults"
+	fFaultP50 = "fault_p50"
+	fFaultP99 = "fault_p99"
+)
+
+// figures of one operation.
+type figures map[string]float64
+
+// observation is one operation with what was seen of the guest around it.
+type observation struct {
+	figures figures
+	stages  []stage
+	gaps    []report.Point // time (s, 0 is the command) and length (ms) of the guest's silences
+}
+
+// operation does something to a guest and says what it knows of it.
+type operation func(ctx context.Context, g *guest, dir string) (figures, []stage, error)
+
+// measure runs an operation on a guest and looks at what the guest saw.
+func (g *guest) measure(ctx context.Context, dir string, op operation) (*observation, error) {
+	if err := g.run(ctx); err != nil {
+		return nil, err
+	}
+	if err := wait(ctx, settle); err != nil {
+		return nil, err
+	}
+	idle, err := g.hostCPU()
+	if err != nil {
+		return nil, err
+	}
+	if err := wait(ctx, window); err != nil {
+		return nil, err
+	}
+	drainEvents(g.events)
+	huge, err := g.hugeBytes()
+	if err != nil {
+		return nil, err
+	}
+	before, err := g.hostCPU()
+	if err != nil {
+		return nil, err
+	}
+	idle = before - idle // in one window
+	begin := time.Now()
+	figs, stages, err := op(ctx, g, dir)
+	end := time.Now()
+	if err != nil {
+		return nil, err
+	}
+	after, err := g.hostCPU()
+	if err != nil {
+		return nil, err
+	}
+	if err := wait(ctx, window); err != nil {
+		return nil, err
+	}
+	g.rounds++
+	o := &observation{figures: figs, stages: stages}
+	// What is scheduled anyway (timers, the console) is no cost of the operation.
+	own := (after - before).Seconds() - idle.Seconds()*float64(end.Sub(begin))/float64(window)
+	figs[fCPU] += max(0, own)
+	if _, known := figs[fTotal]; !known {
+		figs[fTotal] = float64(end.Sub(begin))
+	}
+	if err := g.pauseSeen(figs); err != nil {
+		return nil, err
+	}
+	g.gapSeen(o, begin, end)
+	if done, ok := g.work.between(begin, end); ok {
+		if usual, ok := g.work.between(begin.Add(-window), begin); ok && usual > 0 {
+			figs[fLost] = 1 - done/(usual*float64(end.Sub(begin))/float64(window))
+			figs[fLostTime] = max(0, figs[fLost]) * float64(end.Sub(begin))
+		}
+	}
+	left, err := g.hugeBytes()
+	if err != nil {
+		return nil, err
+	}
+	if huge > 0 {
+		figs[fHuge] = float64(left) / float64(huge)
+	}
+	return o, nil
+}
+
+// pauseSeen takes the pause from QEMU's own events.
+func (g *guest) pauseSeen(f figures) error {
+	var stop time.Time
+	var longest time.Duration
+	for len(g.events.C()) > 0 {
+		switch e := <-g.events.C(); e.Name {
+		case "STOP":
+			stop = e.Timestamp
+		case "RESUME":
+			if !stop.IsZero() {
+				longest = max(longest, e.Timestamp.Sub(stop))
+			}
+		}
+	}
+	if longest == 0 {
+		return fmt.Errorf("QEMU announced no STOP followed by a RESUME")
+	}
+	f[fPause] = float64(longest)
+	if d, ok := f[fDevice]; ok {
+		f[fRest] = max(0, f[fPause]-d)
+	}
+	return nil
+}
+
+// gapSeen takes the silences from the heartbeats.
+func (g *guest) gapSeen(o *observation, begin, end time.Time) {
+	b := g.Beats()
+	if gap, _, ok := b.LongestGap(begin.Add(-window), end.Add(window)); ok {
+		o.figures[fGap] = float64(gap)
+	}
+	if gap, _, ok := b.LongestGap(begin.Add(-window), begin); ok {
+		o.figures[fCalm] = float64(gap)
+	}
+	beats := b.Between(begin.Add(-window), end.Add(window))
+	for i := 1; i < len(beats); i++ {
+		if d := beats[i].At.Sub(beats[i-1].At); d >= time.Millisecond {
+			o.gaps = append(o.gaps, report.Point{X: beats[i-1].At.Sub(begin).Seconds(), Y: d.Seconds() * 1e3})
+		}
+	}
+}
+
+func drainEvents(s *qmp.Subscription) {
+	for len(s.C()) > 0 {
+		<-s.C()
+	}
+}
