@@ -23,13 +23,14 @@ func (g Group) String() string { return strings.Join(g.dirs, " ") }
 // Apart reports whether any hierarchy took the process.
 func (g Group) Apart() bool { return len(g.dirs) > 0 }
 
-type hierarchy struct {
-	mount   string
-	freezer bool
+// hierarchy is where one kind of control groups is mounted.
+type Hierarchy struct {
+	Mount   string
+	Freezer bool // the old freezer
 }
 
-// hierarchies lists the mounts concerned.
-func hierarchies() (out []hierarchy) {
+// Hierarchies lists the mounts concerned.
+func Hierarchies() (out []Hierarchy) {
 	f, err := os.Open("/proc/self/mounts")
 	if err != nil {
 		return nil
@@ -43,23 +44,23 @@ func hierarchies() (out []hierarchy) {
 	return out
 }
 
-func parseMount(line string) (hierarchy, bool) {
+func parseMount(line string) (Hierarchy, bool) {
 	w := strings.Fields(line)
 	if len(w) < 4 {
-		return hierarchy{}, false
+		return Hierarchy{}, false
 	}
 	switch w[2] {
 	case "cgroup2":
-		return hierarchy{mount: w[1]}, true
+		return Hierarchy{Mount: w[1]}, true
 	case "cgroup":
 		for opt := range strings.SplitSeq(w[3], ",") {
 			switch opt {
 			case "freezer", "cpu", "memory", "pids", "name=systemd":
-				return hierarchy{w[1], opt == "freezer"}, true
+				return Hierarchy{w[1], opt == "freezer"}, true
 			}
 		}
 	}
-	return hierarchy{}, false
+	return Hierarchy{}, false
 }
 
 // Join moves the calling process into groups of this name.
@@ -67,14 +68,14 @@ func Join(name string) Group { return Move(os.Getpid(), name) }
 
 // Move moves a process into groups of this name.
 func Move(pid int, name string) (g Group) {
-	for _, h := range hierarchies() {
-		dir := filepath.Join(h.mount, Parent, name)
+	for _, h := range Hierarchies() {
+		dir := filepath.Join(h.Mount, Parent, name)
 		if !makeAndPut(pid, dir) {
 			_ = os.Remove(dir)
 			continue
 		}
 		g.dirs = append(g.dirs, dir)
-		if h.freezer {
+		if h.Freezer {
 			g.freezer = dir
 		}
 	}
@@ -103,6 +104,25 @@ func (g Group) Thaw(pid int) {
 	}
 }
 
+// Thawed is a group that cannot be frozen, the root of the old freezer hierarchy:
+// for Thaw only.
+func Thawed() (g Group) {
+	for _, h := range Hierarchies() {
+		if h.Freezer {
+			g.freezer = h.Mount
+		}
+	}
+	return g
+}
+
+// Dirs are the directories that groups of this name have, or would have.
+func Dirs(name string) (dirs []string) {
+	for _, h := range Hierarchies() {
+		dirs = append(dirs, filepath.Join(h.Mount, Parent, name))
+	}
+	return dirs
+}
+
 // Leave takes the calling process out, to the parents, and removes the group: one
 // with a process in it cannot be removed.
 func (g Group) Leave() {
@@ -115,22 +135,22 @@ func (g Group) Leave() {
 // Remove removes the groups of this name that are empty: those of a process that
 // has ended.
 func Remove(name string) {
-	for _, h := range hierarchies() {
-		_ = os.Remove(filepath.Join(h.mount, Parent, name))
+	for _, dir := range Dirs(name) {
+		_ = os.Remove(dir)
 	}
 }
 
 // Sweep removes all our groups that are empty: those of processes that were
 // killed. Groups that somebody is in cannot be removed and stay.
 func Sweep() {
-	for _, h := range hierarchies() {
-		entries, err := os.ReadDir(filepath.Join(h.mount, Parent))
+	for _, h := range Hierarchies() {
+		entries, err := os.ReadDir(filepath.Join(h.Mount, Parent))
 		if err != nil {
 			continue
 		}
 		for _, e := range entries {
 			if e.IsDir() {
-				_ = os.Remove(filepath.Join(h.mount, Parent, e.Name()))
+				_ = os.Remove(filepath.Join(h.Mount, Parent, e.Name()))
 			}
 		}
 	}

@@ -9,7 +9,7 @@ import (
 )
 
 func TestParseMount(t *testing.T) {
-	for line, want := range map[string]hierarchy{
+	for line, want := range map[string]Hierarchy{
 		"cgroup2 /sys/fs/cgroup/unified cgroup2 rw 0 0":              {"/sys/fs/cgroup/unified", false},
 		"cgroup /sys/fs/cgroup/freezer cgroup rw,relatime,freezer 0": {"/sys/fs/cgroup/freezer", true},
 		"cgroup /c cgroup rw,cpu,cpuacct 0 0":                        {"/c", false},
@@ -45,8 +45,8 @@ func TestMoveAndRemove(t *testing.T) {
 		t.Fatal(err)
 	}
 	if !g.Apart() {
-		if len(hierarchies()) > 0 && os.Getuid() == 0 {
-			t.Fatal("root could not move a process into any hierarchy")
+		if len(Hierarchies()) > 0 && os.Getuid() == 0 {
+			t.Fatal("root could not move a process into any Hierarchy")
 		}
 		return
 	}

@@ -14,6 +14,8 @@ import (
 
 	"golang.org/x/sys/unix"
 
+	"github.com/ckagent/ckagent/agent/cgroup"
+
 	"github.com/ckagent/ckagent/agent/problem"
 	"github.com/ckagent/ckagent/agent/qmp"
 	"github.com/ckagent/ckagent/agent/vm"
@@ -293,7 +295,7 @@ func (g *Guardian) end(force bool) error {
 	}
 	<-g.done
 	_ = g.link.Close() // may be closed already
-	removeCgroups(guardianCgroup(g.qemu))
+	cgroup.Remove(groupName(g.qemu))
 	removeState(stateDir, g.qemu)
 	err := g.control.Close()
 	if force {

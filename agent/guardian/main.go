@@ -13,6 +13,8 @@ import (
 
 	"golang.org/x/sys/unix"
 
+	"github.com/ckagent/ckagent/agent/cgroup"
+
 	"github.com/ckagent/ckagent/agent/vm/inject"
 )
 
@@ -30,7 +32,7 @@ type child struct {
 	page    *os.File
 	link    int // -1 once the agent closed it
 	socket  *os.File
-	home    cgroups
+	home    cgroup.Group
 	known   []inject.Leftover
 	timer   int
 
@@ -90,7 +92,7 @@ func newChild() (*child, error) {
 	if g.control, err = OpenControl(g.page); err != nil {
 		return g, err
 	}
-	g.home = joinCgroups(guardianCgroup(g.QEMU))
+	g.home = cgroup.Join(groupName(g.QEMU))
 	// All best effort: less of it makes a slower guardian, not a wrong one.
 	_ = os.WriteFile("/proc/self/oom_score_adj", []byte("-900"), 0)
 	_ = unix.Setpriority(unix.PRIO_PGRP, 0, -15)
@@ -131,7 +133,7 @@ func startTimer() (int, error) {
 
 func (g *child) close() {
 	removeState(g.StateDir, g.QEMU)
-	g.home.leave()
+	g.home.Leave()
 }
 
 // run is the loop. It allocates nothing until something happens.

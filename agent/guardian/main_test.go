@@ -18,6 +18,8 @@ import (
 	"go.uber.org/goleak"
 	"golang.org/x/sys/unix"
 
+	"github.com/ckagent/ckagent/agent/cgroup"
+
 	"github.com/ckagent/ckagent/agent/qmp"
 	"github.com/ckagent/ckagent/agent/vm"
 	"github.com/ckagent/ckagent/agent/vm/inject"
@@ -445,8 +447,8 @@ func (q *qemu) clean() {
 			q.t.Fatalf("state file %s is left", suffix)
 		}
 	}
-	for _, h := range hierarchies() {
-		if dir := filepath.Join(h.mount, cgroupParent, guardianCgroup(id)); exists(dir) {
+	for _, dir := range cgroup.Dirs(groupName(id)) {
+		if exists(dir) {
 			q.t.Fatalf("cgroup %s is left", dir)
 		}
 	}

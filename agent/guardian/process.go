@@ -10,6 +10,8 @@ import (
 	"time"
 
 	"golang.org/x/sys/unix"
+
+	"github.com/ckagent/ckagent/agent/cgroup"
 )
 
 // identity names a process against reuse of its pid.
@@ -90,13 +92,18 @@ func waitExit(pidfd int, d time.Duration) bool {
 // if that has no effect (a task frozen by the v1 freezer dies when it is thawed;
 // moved to a cgroup that is not frozen it is, alone). Without v1 freezer, or if it
 // hangs in the kernel, it is left to die when it can.
-func end(pidfd, pid int, home cgroups, patience time.Duration) (gone bool) {
+func end(pidfd, pid int, home cgroup.Group, patience time.Duration) (gone bool) {
 	if err := unix.PidfdSendSignal(pidfd, unix.SIGKILL, nil, 0); err != nil {
 		return errors.Is(err, unix.ESRCH)
 	}
 	if waitExit(pidfd, min(patience, 30*time.Millisecond)) {
 		return true
 	}
-	home.adopt(pid)
+	home.Thaw(pid)
 	return waitExit(pidfd, patience)
+}
+
+// groupName is the control group of the guardian of a VM.
+func groupName(qemu identity) string {
+	return fmt.Sprintf("guardian-%d-%d", qemu.PID, qemu.StartTicks)
 }

@@ -8,6 +8,7 @@ import (
 	"os"
 	"time"
 
+	"github.com/ckagent/ckagent/agent/cgroup"
 	"github.com/ckagent/ckagent/agent/problem"
 	"github.com/ckagent/ckagent/agent/qmp"
 	"github.com/ckagent/ckagent/agent/vm/inject"
@@ -72,7 +73,7 @@ func releaseIn(ctx context.Context, dir string, pid int) (Report, error) {
 			WithHint("see who holds it: ls -l /proc/%d/fd | grep userfaultfd; grep -c ' uw' /proc/%d/smaps", pid, pid)
 	}
 	removeState(dir, qemu)
-	removeCgroups(guardianCgroup(qemu))
+	cgroup.Remove(groupName(qemu))
 	return r, nil
 }
 
@@ -98,7 +99,7 @@ func endProcesses(s state, control *Control, r *Report) error {
 				WithHint("cancel that checkpoint, or end that process; its guardian will then put the VM right")
 		}
 	}
-	home := cgroups{freezer: thawedCgroup()}
+	home := cgroup.Thawed()
 	r.GuardEnded = endIdentity(s.Guardian, home)
 	if control != nil && control.Engaged.Load() != 0 && s.Agent.PID != os.Getpid() {
 		r.AgentEnded = endIdentity(s.Agent, home)
@@ -107,18 +108,8 @@ func endProcesses(s state, control *Control, r *Report) error {
 	return nil
 }
 
-// thawedCgroup is the root of the v1 freezer, which cannot be frozen.
-func thawedCgroup() string {
-	for _, h := range hierarchies() {
-		if h.freezer {
-			return h.mount
-		}
-	}
-	return ""
-}
-
 // endIdentity ends one process if it is still the one meant, and alive.
-func endIdentity(id identity, home cgroups) bool {
+func endIdentity(id identity, home cgroup.Group) bool {
 	if id.PID <= 1 {
 		return false
 	}

@@ -12,6 +12,7 @@ import (
 
 	"golang.org/x/sys/unix"
 
+	"github.com/ckagent/ckagent/agent/cgroup"
 	"github.com/ckagent/ckagent/agent/problem"
 	"github.com/ckagent/ckagent/agent/vm"
 )
@@ -37,13 +38,13 @@ var harms = []harm{
 // cgroup.
 func freeze(t *testing.T, a *agent) (func(int), func()) {
 	var dir, file, frozen, thawed string
-	for _, h := range hierarchies() {
-		if h.freezer {
-			dir, file, frozen, thawed = h.mount, "freezer.state", "FROZEN", "THAWED"
+	for _, h := range cgroup.Hierarchies() {
+		if h.Freezer {
+			dir, file, frozen, thawed = h.Mount, "freezer.state", "FROZEN", "THAWED"
 			break
 		}
-		if exists(filepath.Join(h.mount, "cgroup.controllers")) {
-			dir, file, frozen, thawed = h.mount, "cgroup.freeze", "1", "0"
+		if exists(filepath.Join(h.Mount, "cgroup.controllers")) {
+			dir, file, frozen, thawed = h.Mount, "cgroup.freeze", "1", "0"
 		}
 	}
 	if dir == "" {
