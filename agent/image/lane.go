@@ -11,9 +11,10 @@ import (
 	"github.com/ckagent/ckagent/agent/problem"
 )
 
-// sliceBytes is how much is hashed before it is written: what the hash has just
-// read is then still in the cache when the kernel copies it.
-const sliceBytes = 256 << 10
+// sliceBytes is how much is hashed before it is written. Small enough that the
+// kernel's copy finds in the cache what the hash has just read, large enough that
+// ext4 gets large folios: of 256 KiB, 512 KiB and 1 MiB this was the fastest.
+const sliceBytes = 512 << 10
 
 // maxParts is the most runs of pages worth writing in one slice.
 const maxParts = sliceBytes / MinPageBytes

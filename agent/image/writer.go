@@ -82,6 +82,7 @@ type Writer struct {
 	state struct {
 		sync.Mutex
 		ref     FileRef
+		f       fsys.File
 		written bool
 	}
 	pages, zeroPages, storedBytes atomic.Uint64
@@ -299,7 +300,7 @@ func (w *Writer) Progress() Progress {
 	return Progress{w.pages.Load(), w.zeroPages.Load(), w.storedBytes.Load()}
 }
 
-// WriteDeviceState stores the device state, once.
+// WriteDeviceState stores the device state, once; Finish makes it durable.
 func (w *Writer) WriteDeviceState(r io.Reader) error {
 	const op = "write device state"
 	w.life.RLock()
@@ -321,8 +322,15 @@ func (w *Writer) WriteDeviceState(r io.Reader) error {
 	if len(data) > MaxDeviceStateBytes {
 		return w.fail(problem.New(problem.Refused, op, path, "more than %d bytes", MaxDeviceStateBytes))
 	}
-	if err := fsys.WriteFile(w.fs, path, data); err != nil {
+	f, err := w.fs.Create(path)
+	if err != nil {
 		return w.fail(fsys.Problem(op, path, err))
+	}
+	w.state.f = f // Finish syncs it, along with the others
+	if len(data) > 0 {
+		if err := f.WriteVec([][]byte{data}, 0); err != nil {
+			return w.fail(fsys.Problem(op, path, err))
+		}
 	}
 	w.state.ref = FileRef{Name: deviceStateName, Bytes: uint64(len(data)), Checksum: Sum(data)}
 	w.storedBytes.Add(uint64(len(data)))
@@ -405,6 +413,9 @@ func (w *Writer) finish(ctx context.Context) (Summary, error) {
 			return fsys.Problem("sync segment", seg.path, seg.f.Sync())
 		})
 	}
+	g.Go(func() error {
+		return fsys.Problem("sync device state", filepath.Join(w.dir, deviceStateName), w.state.f.Sync())
+	})
 	g.Go(func() (err error) {
 		s.Pagemap, err = w.writePagemap(len(s.Segments))
 		return err
@@ -468,6 +479,11 @@ func (w *Writer) close() error {
 	for _, s := range w.segs.list {
 		if err := s.f.Close(); err != nil && first == nil {
 			first = fsys.Problem("close segment", s.path, err)
+		}
+	}
+	if w.state.f != nil {
+		if err := w.state.f.Close(); err != nil && first == nil {
+			first = fsys.Problem("close device state", w.dir, err)
 		}
 	}
 	for _, l := range w.lanes.free { // all of them: no call is under way

@@ -1,3 +1,5 @@
+//go:build linux && (amd64 || arm64)
+
 package fsys
 
 import (
@@ -11,7 +13,8 @@ import (
 // writeVec is pwritev(2) that goes on after a short write and allocates nothing:
 // unix.Pwritev builds its vector on the heap once it has more than eight parts.
 // The buffers may be shared memory; the kernel copies out of them, so a page
-// that vanishes meanwhile is EFAULT here and no signal.
+// that vanishes meanwhile is EFAULT here and no signal. 64-bit only: an offset is
+// one argument.
 func writeVec(fd int, iov []unix.Iovec, bufs [][]byte, off int64) (int64, error) {
 	var total int64
 	for _, b := range bufs {
@@ -26,9 +29,15 @@ func writeVec(fd int, iov []unix.Iovec, bufs [][]byte, off int64) (int64, error)
 	var done int64
 	for len(iov) > 0 {
 		at := off + done
-		n, _, errno := unix.Syscall6(unix.SYS_PWRITEV, uintptr(fd),
-			uintptr(unsafe.Pointer(unsafe.SliceData(iov))), uintptr(len(iov)),
-			uintptr(at), 0, 0) // the high word of the offset counts on 32-bit only
+		var n uintptr
+		var errno unix.Errno
+		if len(iov) == 1 { // the common case: one long run
+			n, _, errno = unix.Syscall6(unix.SYS_PWRITE64, uintptr(fd),
+				uintptr(unsafe.Pointer(iov[0].Base)), uintptr(iov[0].Len), uintptr(at), 0, 0)
+		} else {
+			n, _, errno = unix.Syscall6(unix.SYS_PWRITEV, uintptr(fd),
+				uintptr(unsafe.Pointer(unsafe.SliceData(iov))), uintptr(len(iov)), uintptr(at), 0, 0)
+		}
 		if errno == unix.EINTR {
 			continue
 		}
