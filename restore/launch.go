@@ -9,11 +9,13 @@ import (
 	"os"
 	"path/filepath"
 	"slices"
+	"strconv"
 	"strings"
 	"syscall"
 
 	"golang.org/x/sys/unix"
 
+	"github.com/ckagent/ckagent/agent/cgroup"
 	"github.com/ckagent/ckagent/agent/problem"
 	"github.com/ckagent/ckagent/agent/vm"
 	"github.com/ckagent/ckagent/restore/plan"
@@ -248,7 +250,7 @@ func (q *qemu) kill() {
 	if q.child != nil {
 		_ = q.child.Kill()
 		_, _ = q.child.Wait()
-		dropCgroups(cgroupName(q.child.Pid))
+		cgroup.Remove(groupName(q.child.Pid))
 		q.child = nil
 	}
 	if q.proc != nil {
@@ -280,3 +282,6 @@ func copyFile(from, to string, uid, gid int) error {
 	}
 	return errors.Join(err, out.Close())
 }
+
+// groupName is the control group of a restored QEMU.
+func groupName(pid int) string { return "restored-" + strconv.Itoa(pid) }

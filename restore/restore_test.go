@@ -9,6 +9,7 @@ import (
 	"testing"
 	"time"
 
+	"github.com/ckagent/ckagent/agent/cgroup"
 	"github.com/ckagent/ckagent/agent/store"
 	"github.com/ckagent/ckagent/tools/vmtest"
 )
@@ -63,7 +64,7 @@ func killRestored(t testing.TB, res *Result) {
 		_ = p.Kill()
 		_, _ = p.Wait() // it is our child
 	}
-	dropCgroups(cgroupName(res.QEMUPID))
+	cgroup.Remove(groupName(res.QEMUPID))
 }
 
 func logPhases(t testing.TB, res *Result) {

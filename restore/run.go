@@ -11,6 +11,7 @@ import (
 
 	"golang.org/x/sync/errgroup"
 
+	"github.com/ckagent/ckagent/agent/cgroup"
 	"github.com/ckagent/ckagent/agent/image"
 	"github.com/ckagent/ckagent/agent/problem"
 	"github.com/ckagent/ckagent/agent/qmp"
@@ -81,6 +82,7 @@ func (x *run) note(format string, args ...any) {
 }
 
 func (x *run) do(ctx context.Context) (_ *Result, err error) {
+	cgroup.Sweep()
 	if _, err := Sweep(x.o.RunRoot); err != nil {
 		x.note("run directories of VMs that are gone could not be removed: %v", err)
 	}
@@ -230,7 +232,7 @@ func (x *run) bringUp(ctx context.Context) error {
 		if err := x.dir.adopt(identity{q.child.Pid, q.started}); err != nil {
 			return err
 		}
-		isolate(q.child.Pid, cgroupName(q.child.Pid))
+		cgroup.Move(q.child.Pid, groupName(q.child.Pid))
 		return nil
 	})
 	greetErr := q.awaitGreeting(slow)

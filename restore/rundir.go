@@ -12,6 +12,7 @@ import (
 
 	"golang.org/x/sys/unix"
 
+	"github.com/ckagent/ckagent/agent/cgroup"
 	"github.com/ckagent/ckagent/agent/problem"
 	"github.com/ckagent/ckagent/restore/liveness"
 )
@@ -157,7 +158,7 @@ func Sweep(root string) (int, error) {
 		if s.BootID == boot && (s.QEMU.alive() || s.Restorer.alive() && s.QEMU.PID == 0) {
 			continue
 		}
-		dropCgroups(cgroupName(s.QEMU.PID)) // fails while a process is in it
+		cgroup.Remove(groupName(s.QEMU.PID)) // fails while a process is in it
 		if err := os.RemoveAll(dir); err != nil {
 			return n, err
 		}
