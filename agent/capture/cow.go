@@ -24,12 +24,16 @@ func startCOW(ctx context.Context, s *session, control *os.File) (*cow, error) {
 	faults := min(2, max(1, len(s.target.VCPUs)), runtime.NumCPU())
 	scans := max(1, min(4, runtime.NumCPU()/2))
 	pages := int(s.o.ArenaBytes / source.PageBytes)
+	var vcpus []int
+	for _, c := range s.target.VCPUs {
+		vcpus = append(vcpus, c.TID)
+	}
 	srv, err := faultserver.New(ctx, faultserver.Start{
 		Self: s.o.Helper[0], Args: append(s.o.Helper[1:len(s.o.Helper):len(s.o.Helper)], FaultServerVerb),
 		Control:        control,
 		FaultRingPages: pages / 2 / faults, ScanRingPages: pages / 2 / scans,
 		Config: faultserver.Config{
-			QEMUPID: s.target.Process.PID, Blocks: s.blocks,
+			QEMUPID: s.target.Process.PID, VCPUs: vcpus, Blocks: s.blocks,
 			FaultThreads: faults, ScanThreads: scans,
 			// A fault waits for room at most this long; the way there and back
 			// needs the rest of the budget.

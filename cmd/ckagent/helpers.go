@@ -46,9 +46,9 @@ type faultServerHooks struct{ control *guardian.Control }
 
 // takeUserfaultfd makes a userfaultfd in QEMU and leaves nothing there. Should this
 // process die meanwhile, the control page tells the guardian to tidy up.
-func (h *faultServerHooks) takeUserfaultfd(pid int) (*os.File, error) {
+func (h *faultServerHooks) takeUserfaultfd(pid int, vcpus []int) (*os.File, error) {
 	h.control.Injecting.Store(1)
-	f, _, err := inject.Userfaultfd(context.Background(), pid, inject.Options{})
+	f, _, err := inject.Userfaultfd(context.Background(), pid, inject.Options{VCPUs: vcpus})
 	h.control.Injecting.Store(0)
 	return f, err
 }

@@ -37,7 +37,7 @@ const (
 type Deps struct {
 	// Take creates a userfaultfd inside the process and returns our descriptor
 	// of it, the only one left.
-	Take func(pid int) (*os.File, error)
+	Take func(pid int, vcpus []int) (*os.File, error)
 	// OpenControl maps the control page and returns what marks us alive in it.
 	OpenControl func(*os.File) (beat func(), err error)
 }
@@ -112,7 +112,7 @@ func inheritedSocket() (*net.UnixConn, error) {
 type commandLoop struct {
 	s    *server
 	conn *net.UnixConn
-	take func(pid int) (*os.File, error)
+	take func(pid int, vcpus []int) (*os.File, error)
 	beat func()
 }
 
@@ -203,7 +203,7 @@ func (l *commandLoop) serve(requests <-chan op) error {
 			var err error
 			switch {
 			case o == opPrearm && phase(l.s.phase.Load()) == idle:
-				err = l.s.prearm(func() (*os.File, error) { return l.take(l.s.cfg.QEMUPID) })
+				err = l.s.prearm(func() (*os.File, error) { return l.take(l.s.cfg.QEMUPID, l.s.cfg.VCPUs) })
 			case o == opFreeze && phase(l.s.phase.Load()) == tracking:
 				err = l.s.freeze()
 			case o == opScan && phase(l.s.phase.Load()) == capturing && complete == nil:

@@ -12,6 +12,7 @@ import (
 // Config is what the agent tells a new fault server, once, before any command.
 type Config struct {
 	QEMUPID      int            `json:"qemu_pid"`
+	VCPUs        []int          `json:"vcpus"` // thread ids that are better not stopped for an injection
 	Blocks       []source.Block `json:"blocks"`
 	FaultThreads int            `json:"fault_threads"` // each owns one ring of the arena, the first ones
 	ScanThreads  int            `json:"scan_threads"`  // each owns one ring, after those of the fault threads

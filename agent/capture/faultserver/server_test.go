@@ -34,7 +34,7 @@ func TestMain(m *testing.M) {
 	goleak.VerifyTestMain(m)
 }
 
-func takeFromParent(pid int) (*os.File, error) {
+func takeFromParent(pid int, _ []int) (*os.File, error) {
 	var fd int
 	if _, err := fmt.Sscan(os.Args[2], &fd); err != nil {
 		return nil, err
