@@ -39,7 +39,7 @@ func (s *Store) Remove(ctx context.Context, id string, force bool) (Info, error)
 			return leaseProblem(op, c.id, l)
 		}
 		if c.pinned && !force {
-			return problem.New(problem.Refused, op, c.id, "it is pinned").WithHint("ckagent pin --remove %s, or --force", c.id)
+			return problem.New(problem.Refused, op, c.id, "it is pinned").WithHint("ckagent unpin %s, or --force", c.id)
 		}
 		siblings, err := s.candidates(op, c.vmDir)
 		if err != nil {
