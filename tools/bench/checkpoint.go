@@ -11,6 +11,7 @@ import (
 
 	"golang.org/x/sys/unix"
 
+	"github.com/ckagent/ckagent/agent"
 	"github.com/ckagent/ckagent/tools/bench/report"
 )
 
@@ -129,7 +130,11 @@ func (b *bench) oneCheckpoint(ctx context.Context, w *way, round int, table *sta
 		if err := b.beside(ctx, g, dir, o, device); err != nil {
 			return err
 		}
-		table.add(round, o.stages)
+		took, err := attachTime(ctx, g.PID())
+		if err != nil {
+			return err
+		}
+		table.add(round, append(o.stages, stage{"of which attaching (process, monitor, layout, description), by itself", took}))
 	}
 	w.last = o
 	into := []*report.Figures{}
@@ -158,11 +163,22 @@ func (b *bench) beside(ctx context.Context, g *guest, dir string, o *observation
 	if o.figures[fRaw], err = writeSpeed(ctx, filepath.Join(dir, "raw"), int64(o.figures[fBytes]), false); err != nil {
 		return err
 	}
-	seen := o.figures[fGap]
+	seen := o.figures[fAtPause]
 	if own := o.figures[fOwnPause]; seen > 0 && own > 0 {
 		o.figures[fSeenBias] = math.Abs(own-seen) / seen
 	}
 	return nil
+}
+
+// attachTime is how long it takes to attach to a VM, in a program that runs already.
+func attachTime(ctx context.Context, pid int) (ns float64, err error) {
+	begin := monotonic()
+	v, err := agent.Attach(ctx, pid, agent.Options{})
+	if err != nil {
+		return 0, err
+	}
+	ns = monotonic() - begin
+	return ns, v.Close()
 }
 
 // writeSpeed writes n bytes by write(2) in pieces of 1 MiB and returns bytes per

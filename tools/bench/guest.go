@@ -51,7 +51,7 @@ type guest struct {
 	work    *workLog
 	vcpus   []int // thread ids
 	paused  bool
-	rounds  int // checkpoints taken of it
+	huge    uint64 // bytes in huge pages when it was young
 	ramHVA  uint64
 	ramSize uint64
 }
@@ -87,6 +87,7 @@ func launch(ctx context.Context, s guestSpec) (_ *guest, err error) {
 	if err != nil {
 		return nil, err
 	}
+	g.huge = huge
 	used := uint64(s.usedMiB) << 20
 	if s.small && huge > 0 || !s.small && !s.idle && huge < used/2 {
 		return nil, problem.New(problem.Failed, "bench", s.String(), "%d MiB of it are huge pages", huge>>20).

@@ -2,7 +2,7 @@ package bench
 
 import (
 	"context"
-	"fmt"
+	"errors"
 	"time"
 
 	"github.com/ckagent/ckagent/agent/qmp"
@@ -20,12 +20,13 @@ const settle = 600 * time.Millisecond
 const (
 	fPause    = "pause"     // STOP to RESUME
 	fGap      = "gap"       // longest silence of the vCPU around it
+	fAtPause  = "at_pause"  // the silence that covers the pause
 	fCalm     = "calm"      // the same in the window before
 	fTotal    = "total"     // command to its end
 	fLost     = "lost"      // share of the guest's work
 	fLostTime = "lost_time" // the same as time: share times total
 	fCPU      = "cpu"       // processor time outside the vCPUs, s
-	fHuge     = "huge"      // share of the huge pages left
+	fHuge     = "huge"      // share of the young guest's huge pages left
 	fDevice   = "device"    // saving the device state
 	fRest     = "rest"      // pause without it
 	fBytes    = "bytes"     // written
@@ -67,10 +68,6 @@ func (g *guest) measure(ctx context.Context, dir string, op operation) (*observa
 		return nil, err
 	}
 	drainEvents(g.events)
-	huge, err := g.hugeBytes()
-	if err != nil {
-		return nil, err
-	}
 	before, err := g.hostCPU()
 	if err != nil {
 		return nil, err
@@ -89,7 +86,6 @@ func (g *guest) measure(ctx context.Context, dir string, op operation) (*observa
 	if err := wait(ctx, window); err != nil {
 		return nil, err
 	}
-	g.rounds++
 	o := &observation{figures: figs, stages: stages}
 	// What is scheduled anyway (timers, the console) is no cost of the operation.
 	own := (after - before).Seconds() - idle.Seconds()*float64(end.Sub(begin))/float64(window)
@@ -97,10 +93,18 @@ func (g *guest) measure(ctx context.Context, dir string, op operation) (*observa
 	if _, known := figs[fTotal]; !known {
 		figs[fTotal] = float64(end.Sub(begin))
 	}
-	if err := g.pauseSeen(figs); err != nil {
+	stop, resume, err := g.pauseSeen()
+	if err != nil {
 		return nil, err
 	}
+	figs[fPause] = float64(resume.Sub(stop))
+	if d, ok := figs[fDevice]; ok {
+		figs[fRest] = max(0, figs[fPause]-d)
+	}
 	g.gapSeen(o, begin, end)
+	if gap, _, ok := g.Beats().LongestGap(stop, resume); ok {
+		figs[fAtPause] = float64(gap)
+	}
 	if done, ok := g.work.between(begin, end); ok {
 		if usual, ok := g.work.between(begin.Add(-window), begin); ok && usual > 0 {
 			figs[fLost] = 1 - done/(usual*float64(end.Sub(begin))/float64(window))
@@ -111,34 +115,29 @@ func (g *guest) measure(ctx context.Context, dir string, op operation) (*observa
 	if err != nil {
 		return nil, err
 	}
-	if huge > 0 {
-		figs[fHuge] = float64(left) / float64(huge)
+	if g.huge > 0 {
+		figs[fHuge] = float64(left) / float64(g.huge)
 	}
 	return o, nil
 }
 
-// pauseSeen takes the pause from QEMU's own events.
-func (g *guest) pauseSeen(f figures) error {
+// pauseSeen takes the (longest) pause from QEMU's own events.
+func (g *guest) pauseSeen() (from, to time.Time, err error) {
 	var stop time.Time
-	var longest time.Duration
 	for len(g.events.C()) > 0 {
 		switch e := <-g.events.C(); e.Name {
 		case "STOP":
 			stop = e.Timestamp
 		case "RESUME":
-			if !stop.IsZero() {
-				longest = max(longest, e.Timestamp.Sub(stop))
+			if !stop.IsZero() && e.Timestamp.Sub(stop) > to.Sub(from) {
+				from, to = stop, e.Timestamp
 			}
 		}
 	}
-	if longest == 0 {
-		return fmt.Errorf("QEMU announced no STOP followed by a RESUME")
+	if from.IsZero() {
+		return from, to, errors.New("QEMU announced no STOP followed by a RESUME")
 	}
-	f[fPause] = float64(longest)
-	if d, ok := f[fDevice]; ok {
-		f[fRest] = max(0, f[fPause]-d)
-	}
-	return nil
+	return from, to, nil
 }
 
 // gapSeen takes the silences from the heartbeats.

@@ -72,13 +72,13 @@ func (b *bench) ckagent(ctx context.Context, g *guest, dir string) (figures, []s
 	if r.Faults > 0 {
 		f[fFaultP50], f[fFaultP99] = float64(r.FaultP50NS), float64(r.FaultP99NS)
 	}
-	inside := float64(r.PauseNS - r.DeviceStateNS - r.ArmNS - r.ContNS)
+	rest := float64(r.PauseNS - r.DeviceStateNS - r.ArmNS)
 	stages := []stage{
 		{"pause: device state saved", float64(r.DeviceStateNS)},
 		{"pause: re-arm (freeze)", float64(r.ArmNS)},
-		{"pause: cont to its reply", float64(r.ContNS)},
-		{"pause: the rest", max(0, inside)},
+		{"pause: the rest (ways to and from QEMU and the fault server, cont)", max(0, rest)},
 		{"stop sent to STOP", float64(r.StopNS)},
+		{"cont sent to its reply", float64(r.ContNS)},
 		{"pre-arm (guest runs)", float64(r.PrearmNS)},
 		{"scan, everything captured", float64(r.ScanNS)},
 		{"release, huge pages made whole", float64(r.ReleaseNS)},
@@ -162,12 +162,28 @@ func (g *guest) migrate(ctx context.Context, path string, background bool) (byte
 			if err != nil {
 				return 0, err
 			}
-			return float64(st.Size()), nil
+			return float64(st.Size()), g.finalized(ctx)
 		case "failed", "cancelled":
 			return 0, fmt.Errorf("migrate: %s %s", info.Status, info.Desc)
 		}
 		if err := wait(ctx, 2*time.Millisecond); err != nil {
 			return 0, err
+		}
+	}
+}
+
+// finalized waits until QEMU has put a migration behind it: "completed" is said a
+// moment before "cont" is allowed again.
+func (g *guest) finalized(ctx context.Context) error {
+	for {
+		var s struct {
+			Status string `json:"status"`
+		}
+		if err := g.q.Execute(ctx, "query-status", nil, &s); err != nil || s.Status != "finish-migrate" {
+			return err
+		}
+		if err := wait(ctx, time.Millisecond); err != nil {
+			return err
 		}
 	}
 }

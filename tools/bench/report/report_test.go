@@ -74,6 +74,9 @@ func TestMarkdownAndSplice(t *testing.T) {
 			t.Errorf("no %q in %s", want, got)
 		}
 	}
+	if g := Goals(rows); len(g) != 1 || g[0].What != "one: pause" || rows[0].What != "pause" {
+		t.Errorf("goals %+v", g)
+	}
 	doc, err := Splice("top\n<!-- a -->\nold\n<!-- b -->\nend\n", "<!-- a -->", "<!-- b -->", "new")
 	if err != nil || doc != "top\n<!-- a -->\nnew\n<!-- b -->\nend\n" {
 		t.Errorf("%q, %v", doc, err)

@@ -160,6 +160,17 @@ func Markdown(rows []Row) string {
 	return b.String()
 }
 
+// Goals are the rows that are held against a goal, as one group.
+func Goals(rows []Row) (out []Row) {
+	for _, r := range rows {
+		if r.Goal.Text != "" {
+			r.What, r.Group = r.Group+": "+r.What, "Against the goals"
+			out = append(out, r)
+		}
+	}
+	return out
+}
+
 // Splice replaces what lies between the two marker lines of a document. Without
 // the markers it says so rather than guess where the table belongs.
 func Splice(document, begin, end, content string) (string, error) {

@@ -94,7 +94,7 @@ func run(ctx context.Context, f flags) error {
 	if err != nil {
 		return err
 	}
-	fmt.Printf("%s\n%s", out.Machine, report.Markdown(out.Rows))
+	fmt.Printf("%s\n%s", out.Machine, report.Markdown(append(report.Goals(out.Rows), out.Rows...)))
 	if f.profile {
 		fmt.Print(out.Profile)
 	}
@@ -174,7 +174,10 @@ func writeAll(out *bench.Outcome) error {
 		return err
 	}
 	var body strings.Builder
-	fmt.Fprintf(&body, "Measured on %s.\n%s", out.Machine, report.Markdown(out.Rows))
+	fmt.Fprintf(&body, "Measured on %s.\n%s", out.Machine, report.Markdown(append(report.Goals(out.Rows), out.Rows...)))
+	for _, n := range out.Notes {
+		fmt.Fprintf(&body, "\n%s.\n", n)
+	}
 	if err := os.MkdirAll(pictures, 0o755); err != nil {
 		return err
 	}
