@@ -224,6 +224,12 @@ func (s *server) serve(ctx context.Context, index int) {
 		return
 	}
 	defer buf.free()
+	waiter, err := newWaiter(s.h, s.stop)
+	if err != nil {
+		s.end(err)
+		return
+	}
+	defer waiter.close()
 	var (
 		msgs   [faultBatch]uffd.Msg
 		stream order.Stream
@@ -235,10 +241,11 @@ func (s *server) serve(ctx context.Context, index int) {
 		case 0:
 		case unix.EAGAIN:
 			me.busyNS.Store(0)
-			if err := s.h.Wait(s.stop); err != nil {
-				if !errors.Is(err, uffd.ErrStopped) {
-					s.end(fmt.Errorf("wait for faults: %w", err))
-				}
+			more, err := waiter.wait(s.stop)
+			if err != nil {
+				s.end(err)
+			}
+			if !more {
 				return
 			}
 			continue

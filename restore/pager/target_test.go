@@ -46,6 +46,7 @@ type targetThread struct {
 	touches atomic.Uint64
 	busy    atomic.Bool
 	times   []int64
+	sink    byte // keeps the reads
 }
 
 type targetState struct {
@@ -59,7 +60,26 @@ type targetState struct {
 	wg      sync.WaitGroup
 }
 
+// deepen gives the calling goroutine a stack like a C thread's. Descriptors are
+// closed inside by a frame pushed below the stack pointer of some thread, which is
+// room that any C program has; a young goroutine has 2 KiB, and next to it lies the
+// stack of another.
+//
+//go:noinline
+func deepen() { descend(64) }
+
+//go:noinline
+func descend(n int) byte {
+	var room [4 << 10]byte // 64 times
+	room[n] = byte(n)
+	if n == 0 {
+		return room[0]
+	}
+	return descend(n-1) + room[n]
+}
+
 func targetMain(arg string) error {
+	deepen()
 	t := &targetState{}
 	if err := json.Unmarshal([]byte(arg), &t.spec); err != nil {
 		return err
@@ -141,6 +161,7 @@ func (t *targetState) run() {
 		t.threads = append(t.threads, th)
 		t.wg.Go(func() {
 			runtime.LockOSThread()
+			deepen()
 			r := rand.New(rand.NewPCG(t.spec.Seed, uint64(i)))
 			want := make([]byte, PageBytes)
 			for !t.stop.Load() {
@@ -173,8 +194,7 @@ func (t *targetState) touch(th *targetThread, b int, page uint64, write bool, wa
 		m[8] = byte(writes%200 + 1)
 		want[8] = byte(writes%200 + 1)
 	} else {
-		runtime.KeepAlive(m[0] == 1)
-		_ = *(*byte)(unsafe.Pointer(&m[r0]))
+		th.sink += m[0]
 	}
 	d := time.Since(t0)
 	th.busy.Store(false)
@@ -189,8 +209,6 @@ func (t *targetState) touch(th *targetThread, b int, page uint64, write bool, wa
 	}
 	th.touches.Add(1)
 }
-
-const r0 = 0
 
 func (t *targetState) sweep() {
 	th := &targetThread{}
