@@ -8,6 +8,7 @@ import (
 	"log/slog"
 	"os"
 	"os/signal"
+	"runtime"
 
 	"github.com/spf13/cobra"
 	"golang.org/x/sys/unix"
@@ -19,6 +20,9 @@ func main() {
 	if code, ok := helperMain(os.Args[1:]); ok {
 		os.Exit(code)
 	}
+	// More threads may run Go code than there are processors: a beat is not to wait
+	// for a thread that computes checksums and was itself put off by the host.
+	runtime.GOMAXPROCS(runtime.GOMAXPROCS(0) + 2)
 	ctx, stop := signal.NotifyContext(context.Background(), unix.SIGINT, unix.SIGTERM, unix.SIGHUP)
 	code := run(ctx, os.Args[1:], os.Stdout, os.Stderr)
 	stop()
