@@ -244,7 +244,7 @@ func writeFile(path string, data []byte, mode os.FileMode) error {
 		return err
 	}
 	defer os.Remove(tmp.Name())
-	if _, err := tmp.Write(data); err == nil {
+	if _, err = tmp.Write(data); err == nil {
 		err = tmp.Chmod(mode)
 	}
 	if e := tmp.Close(); err == nil {
