@@ -47,7 +47,7 @@ func Attach(ctx context.Context, pid int, o Options) (*VM, error) {
 	}
 	v := &VM{opts: o, pid: pid, lock: lock, proc: proc}
 	if err := v.open(ctx); err != nil {
-		return nil, errors.Join(err, v.Close())
+		return nil, errors.Join(v.proc.Explain(err), v.Close())
 	}
 	if v.Name, err = chooseName(o.Name, v.target.Name, pid); err != nil {
 		return nil, errors.Join(err, v.Close())
@@ -130,7 +130,7 @@ func Refuse(object string, refusals []vm.Refusal) error {
 // Checkpoint takes one checkpoint.
 func (v *VM) Checkpoint(ctx context.Context, st *store.Store, o capture.Options) (*capture.Result, error) {
 	if err := v.open(ctx); err != nil {
-		return nil, err
+		return nil, v.proc.Explain(err)
 	}
 	return capture.Take(ctx, capture.Subject{Target: v.target, Name: v.Name, Machine: v.machine, QEMU: v.qemu}, st, o)
 }

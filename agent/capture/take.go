@@ -90,10 +90,7 @@ func Take(ctx context.Context, sub Subject, st *store.Store, o Options) (*Result
 		res.Retaken = append(res.Retaken, err.Error())
 		o.tell("retake", 0, "%v", err)
 	}
-	if gone := sub.Target.Process.Check(); gone != nil {
-		err = errors.Join(gone, err)
-	}
-	return nil, err
+	return nil, sub.Target.Process.Explain(err)
 }
 
 // attempts lists the modes to try in turn. A capture that cannot be proved is
