@@ -24,7 +24,7 @@ type guestSpec struct {
 	memoryMiB, usedMiB int
 	devices            int  // virtio devices
 	small              bool // RAM in 4 KiB pages instead of transparent huge ones
-	idle               bool // writes nothing
+	idle               bool // writes little
 }
 
 func (s guestSpec) String() string {
@@ -67,7 +67,7 @@ func launch(ctx context.Context, s guestSpec) (_ *guest, err error) {
 		// an emulated processor has to reach it with time to spare.
 		Append: fmt.Sprintf("GD_WORDS=64 GD_SWEEP=2000 GD_REPORT=%d", reportEvery.Milliseconds())}
 	if s.idle {
-		cfg.Rate, cfg.BeatUS = 1, 0
+		cfg.Rate, cfg.BeatUS = 400, 0
 	}
 	g := &guest{spec: s}
 	boot, cancel := context.WithTimeout(ctx, 2*time.Minute)

@@ -103,7 +103,7 @@ func (b *bench) restoreOnce(ctx context.Context, v *saved) (r restoreReport, err
 	defer vm.Kill()
 	alive, cancel := context.WithTimeout(ctx, 30*time.Second)
 	defer cancel()
-	report, err := vm.AwaitProgress(alive, 100)
+	report, err := vm.AwaitProgress(alive, 20)
 	return r, errors.Join(err, report.Check())
 }
 
