@@ -68,4 +68,23 @@ func dropCgroup(name string) {
 	}
 }
 
+// sweepCgroups removes what processes left that were not quite dead yet when their
+// cgroup was dropped. One that is in use cannot be removed anyway.
+func sweepCgroups() {
+	for _, h := range hierarchies() {
+		for _, r := range []role{workerRole, supervisorRole} {
+			dirs, _ := filepath.Glob(filepath.Join(h, cgroupParent, r.name+"-*"))
+			for _, dir := range dirs {
+				pid, err := strconv.Atoi(strings.TrimPrefix(filepath.Base(dir), r.name+"-"))
+				if err != nil {
+					continue
+				}
+				if _, err := os.Stat("/proc/" + strconv.Itoa(pid)); os.IsNotExist(err) {
+					_ = os.Remove(dir)
+				}
+			}
+		}
+	}
+}
+
 func cgroupName(role string, pid int) string { return role + "-" + strconv.Itoa(pid) }

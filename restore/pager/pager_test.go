@@ -108,7 +108,7 @@ func rssPages(t *testing.T, pid int, hva, bytes uint64) int {
 // instants while threads read and write; several whole lives, so that the ends of
 // them are hit too.
 func TestSurvivesDeathsAndFreezes(t *testing.T) {
-	const wantKills, wantStops = 110, 10
+	const wantKills, wantStops = 100, 6
 	blocks := mixed(4096)
 	dir := writeTestImage(t, blocks, "none")
 	r := rand.New(rand.NewPCG(uint64(time.Now().UnixNano()), 3))
@@ -168,6 +168,11 @@ func TestSurvivesDeathsAndFreezes(t *testing.T) {
 			worked = p.ctl.worker.works.Load()
 		}
 		mustWait(t, p)
+		for _, s := range []*seat{&p.ctl.worker, &p.ctl.supervisor} {
+			if o := s.occupant(); present(o) {
+				t.Fatalf("life %d: process %d is left behind", lives, o.PID)
+			}
+		}
 		tg.checkLetGo(t)
 		tg.ask("stop")
 		if rep := tg.ask("all"); rep.Bad != 0 || rep.Touches == 0 {

@@ -220,6 +220,14 @@ func (w *Warm) end() {
 	}
 }
 
+// endNow kills an occupant that has nothing left to do and tidies up after it.
+func endNow(r role, c *control) {
+	o := r.seat(c).occupant()
+	kill(o)
+	awaitExit(o.PID, o.Start, lastWords)
+	dropCgroup(cgroupName(r.name, o.PID))
+}
+
 func kill(o occupant) {
 	fd, err := unix.PidfdOpen(o.PID, 0)
 	if err != nil {
@@ -255,8 +263,12 @@ func (p *Process) follow() {
 		}
 		p.children = reap(p.children)
 		if ph.over() {
-			for _, s := range []*seat{&p.ctl.worker, &p.ctl.supervisor} {
+			for _, r := range []role{workerRole, supervisorRole} {
+				s := r.seat(p.ctl)
 				awaitExit(int(s.pid.Load()), s.start.Load(), lastWords)
+				if present(s.occupant()) {
+					endNow(r, p.ctl) // stopped in its last moments
+				}
 			}
 			p.children = reap(p.children)
 			return

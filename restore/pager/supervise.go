@@ -32,7 +32,7 @@ func SuperviseMain(ctx context.Context, args []string) error {
 		return nil
 	}
 	err = supervise(ctx, o, ctl)
-	dropCgroup(cgroupName(workerRole.name, int(ctl.worker.pid.Load())))
+	sweepCgroups()
 	return err
 }
 

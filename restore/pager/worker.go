@@ -148,6 +148,10 @@ func (w *worker) finish(p Phase) error {
 	final := statsOf(w.ctl)
 	err := w.update(p, func(st *state) { st.Final = &final })
 	w.ctl.advance(p)
+	// A stopped supervisor would never notice that the work is over.
+	if _, letter, serr := startTicks(int(w.ctl.supervisor.pid.Load())); serr == nil && (letter == 'T' || letter == 't') {
+		endNow(supervisorRole, w.ctl)
+	}
 	if w.ctl.has(flagDetached) && !w.supervised() {
 		cleanUp(w.o.runDir)
 	}
