@@ -160,6 +160,13 @@ func (b *bench) beside(ctx context.Context, g *guest, dir string, o *observation
 		return err
 	}
 	device.Add(fDevice, d[fDevice])
+	// The checkpoint makes room first: both lie in memory.
+	if err := os.RemoveAll(dir); err != nil {
+		return err
+	}
+	if err := os.Mkdir(dir, 0o700); err != nil {
+		return err
+	}
 	if o.figures[fRaw], err = writeSpeed(ctx, filepath.Join(dir, "raw"), int64(o.figures[fBytes]), false); err != nil {
 		return err
 	}
