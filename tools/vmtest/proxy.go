@@ -30,6 +30,7 @@ const (
 	Cut                   // swallow it and hang up on both sides
 	Half                  // send half of it on, then hang up on both sides
 	Hangup                // send it on, then hang up on both sides
+	Torn                  // send half of it on and go on: what a sender leaves that dies while it writes
 )
 
 // A Rule is asked about the messages it matches, in order, before they are sent
@@ -203,6 +204,8 @@ func (p *Proxy) forward(ctx context.Context, to *net.UnixConn, x piece, fromQEMU
 	case Hangup:
 		send(to, x.data, x.files)
 		return false
+	case Torn:
+		return send(to, x.data[:len(x.data)/2], x.files)
 	}
 	return send(to, x.data, x.files)
 }
