@@ -174,8 +174,11 @@ func FuzzStream(f *testing.F) {
 		if len(out) < len(b) || !bytes.Equal(out[:headerBytes], b[:headerBytes]) || !bytes.Contains(out, b[headerBytes:]) {
 			t.Fatal("the state is not in the stream")
 		}
-		// What lists as a state lists as a stream of this machine, section by section.
-		if l, err := Parse(b); err == nil && modernFormat(machine) && l.Description == nil {
+		// What lists as a state lists as a stream of this machine, section by
+		// section, unless payloads imitate footers: sections carry no length, so
+		// where such a one ends depends on what follows.
+		l, err := Parse(b)
+		if err == nil && modernFormat(machine) && l.Description == nil && bytes.Count(b, []byte{typeFooter}) == len(l.Sections) {
 			s, err := Parse(out)
 			if err != nil || s.Machine != machine || len(s.Sections) != len(l.Sections) {
 				t.Fatalf("stream lists differently: %v", err)
