@@ -130,6 +130,48 @@ func TestFullRingGivesUpInTime(t *testing.T) {
 	}
 }
 
+// Reserved pages can be published one by one: what the consumer has not taken yet
+// is not overwritten, also where zero runs have used up the records.
+func TestRecordsAreNeverOverwritten(t *testing.T) {
+	a, f, err := Create([]int{64})
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer a.Close()
+	defer f.Close()
+	r := a.Ring(0)
+	zeros := uint64(0)
+	for r.FreeRecords() > 1 {
+		if !r.PublishZero(0, zeros, 1, ByScan, 0) {
+			t.Fatal("no slot")
+		}
+		zeros++
+	}
+	const n = 8
+	take := func(want uint64) {
+		t.Helper()
+		rec, ok, _, err := r.Next(0)
+		if err != nil || !ok || rec.First != want {
+			t.Fatalf("record of page %d (%v, %v), want %d", rec.First, ok, err, want)
+		}
+		r.Done()
+	}
+	next := uint64(0)
+	for {
+		if _, ok := r.Reserve(n, 0); ok {
+			break
+		}
+		take(next)
+		next++
+	}
+	for i := range uint64(n) {
+		r.Publish(0, zeros+i, 1, ByScan)
+	}
+	for ; next < zeros+n; next++ {
+		take(next)
+	}
+}
+
 func TestHostileArenaIsRefused(t *testing.T) {
 	f, err := os.CreateTemp(t.TempDir(), "")
 	if err != nil {

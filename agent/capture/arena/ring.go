@@ -41,9 +41,11 @@ type Ring struct {
 	tailSlot uint64
 }
 
-// Reserve waits until n contiguous data pages are free and returns them. It
-// gives up after wait and reports false: the consumer does not keep up. n must
-// not exceed MaxReserve.
+// Reserve waits until n contiguous data pages are free, and as many records, and
+// returns the pages. What the producer then publishes of them, with zero runs in
+// between if it likes, waits for nothing as long as it is at most n records. It
+// gives up after wait and reports false: the consumer does not keep up. n must not
+// exceed MaxReserve.
 func (r *Ring) Reserve(n int, wait time.Duration) ([]byte, bool) {
 	need := uint64(n)
 	at := r.headPage % r.pages
@@ -51,7 +53,7 @@ func (r *Ring) Reserve(n int, wait time.Duration) ([]byte, bool) {
 	if at+need > r.pages { // a record's data never wraps
 		skip, at = r.pages-at, 0
 	}
-	if !r.waitSpace(r.headPage+skip+need, wait) {
+	if !r.waitSpace(r.headPage+skip+need, need, wait) {
 		return nil, false
 	}
 	r.headPage += skip
@@ -69,14 +71,26 @@ func (r *Ring) FreePages() int {
 // Pages is the capacity in data pages.
 func (r *Ring) Pages() int { return int(r.pages) }
 
-// waitSpace waits until the data pages up to position end and one record slot
+// FreeRecords is how many records can be published now without waiting; the
+// consumer may free more.
+func (r *Ring) FreeRecords() int {
+	return len(r.slots) - int(r.headSlot-atomic.LoadUint64(&r.h.tailSlot))
+}
+
+// WaitRecords waits until n records can be published; false if that takes longer
+// than wait. n must not exceed Pages.
+func (r *Ring) WaitRecords(n int, wait time.Duration) bool {
+	return r.waitSpace(r.headPage, uint64(n), wait)
+}
+
+// waitSpace waits until the data pages up to position end and so many record slots
 // are free.
-func (r *Ring) waitSpace(end uint64, wait time.Duration) bool {
+func (r *Ring) waitSpace(end, records uint64, wait time.Duration) bool {
 	var deadline time.Time
 	for {
 		seq := atomic.LoadUint32(&r.h.tailSeq)
 		if end-atomic.LoadUint64(&r.h.tailPage) <= r.pages &&
-			r.headSlot-atomic.LoadUint64(&r.h.tailSlot) < uint64(len(r.slots)) {
+			r.headSlot+records-atomic.LoadUint64(&r.h.tailSlot) <= uint64(len(r.slots)) {
 			return true
 		}
 		now := time.Now()
@@ -108,7 +122,7 @@ func (r *Ring) Publish(block int, first, pages uint64, origin Origin) {
 func (r *Ring) PublishZero(block int, first, pages uint64, origin Origin, wait time.Duration) bool {
 	for pages > 0 {
 		n := min(pages, 1<<31)
-		if !r.waitSpace(r.headPage, wait) {
+		if !r.waitSpace(r.headPage, 1, wait) {
 			return false
 		}
 		r.put(slot{block: uint32(block), flags: uint32(origin) | flagZero, first: first,
@@ -120,7 +134,7 @@ func (r *Ring) PublishZero(block int, first, pages uint64, origin Origin, wait t
 
 // Finish tells the consumer that nothing more will come.
 func (r *Ring) Finish(wait time.Duration) bool {
-	if !r.waitSpace(r.headPage, wait) {
+	if !r.waitSpace(r.headPage, 1, wait) {
 		return false
 	}
 	r.put(slot{flags: uint32(end), endPage: r.headPage})

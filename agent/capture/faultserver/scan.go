@@ -124,11 +124,30 @@ func (c *scanner) reserve(pages int) ([]byte, bool) {
 	return nil, false
 }
 
-// zeroWords captures words without content in one step.
+// records waits for room for n records, as reserve does for pages.
+func (c *scanner) records(n int) bool {
+	for phase(c.s.phase.Load()) == capturing && c.s.failedWith() == nil {
+		if c.ring.WaitRecords(n, reserveWait) {
+			return true
+		}
+	}
+	return false
+}
+
+// zeroWords captures words without content in one step. It waits for the ring only
+// while it has claimed nothing, as reserve does: a word is at most half as many runs
+// as pages, and the run that is still open one more.
 func (c *scanner) zeroWords(block int, t *pageTable, w, end int) bool {
 	var first, n uint64
-	flush := func() bool { return n == 0 || c.zeroRun(block, t, first, n) }
+	flush := func() bool {
+		ok := n == 0 || c.zeroRun(block, t, first, n)
+		n = 0
+		return ok
+	}
 	for ; w < end; w++ {
+		if c.ring.FreeRecords() < wordPages && (!flush() || !c.records(wordPages)) {
+			return false
+		}
 		for got := t.claim(w, t.full(w)); got != 0; {
 			off, k := lowestRun(got)
 			got &^= maskOf(off, k)
@@ -146,16 +165,16 @@ func (c *scanner) zeroWords(block int, t *pageTable, w, end int) bool {
 	return flush()
 }
 
-// zeroRun captures a claimed run of pages without content.
+// zeroRun captures a claimed run of pages without content. The caller has seen to
+// room for its record.
 func (c *scanner) zeroRun(block int, t *pageTable, first, n uint64) bool {
 	start := t.block.HVA + first*pageBytes
 	if !c.s.prove(block, t, first, n, start, start+n*pageBytes) || !c.s.unprotect(block, t, first, n) {
 		return false
 	}
-	for !c.ring.PublishZero(block, first, n, arena.ByScan, reserveWait) {
-		if c.s.failedWith() != nil {
-			return false
-		}
+	if !c.ring.PublishZero(block, first, n, arena.ByScan, reserveWait) {
+		c.s.fail(Broken, "block %d, page %d: no record was kept for a run", block, first)
+		return false
 	}
 	c.done(n)
 	return true
