@@ -410,3 +410,28 @@ func TestHistogramQuantiles(t *testing.T) {
 		t.Errorf("max %d", h.max)
 	}
 }
+
+// A fault thread that wakes the guest for a page that was done finds nothing
+// registered any more, if everything was let go of in between: no failure.
+func TestWakingAfterReleaseIsNoFailure(t *testing.T) {
+	f, err := uffd.New(unix.O_CLOEXEC | unix.O_NONBLOCK)
+	if err != nil {
+		t.Skipf("no userfaultfd to be had: %v", err)
+	}
+	h, err := uffd.Adopt(f, features)
+	if err != nil {
+		t.Skipf("this kernel cannot: %v", err)
+	}
+	defer h.Close()
+	g := newTarget(t, source.Anonymous, 64, false)
+	s := &server{h: h, failed: make(chan struct{})}
+	tab := newPageTable(source.Block{HVA: uint64(uintptr(unsafe.Pointer(&g.mem[0]))), Pages: 64})
+	s.phase.Store(uint32(released))
+	if s.unprotect(0, tab, 3, 1) || s.failedWith() != nil {
+		t.Errorf("after the release: %v", s.failedWith())
+	}
+	s.phase.Store(uint32(capturing))
+	if s.unprotect(0, tab, 3, 1) || FailureOf(s.failedWith()) != Broken {
+		t.Errorf("while capturing: %v, want %s", s.failedWith(), Broken)
+	}
+}
