@@ -9,6 +9,7 @@ import (
 
 	"golang.org/x/sys/unix"
 
+	"github.com/ckagent/ckagent/agent/guardian"
 	"github.com/ckagent/ckagent/agent/problem"
 	"github.com/ckagent/ckagent/agent/qmp"
 )
@@ -72,7 +73,7 @@ func newPause(ctx context.Context, q *qmp.Client, object string, j journal) (p *
 	var set struct {
 		ID int `json:"fdset-id"`
 	}
-	if err := q.ExecuteFD(ctx, "add-fd", map[string]string{"opaque": "ckagent"}, &set, w); err != nil {
+	if err := q.ExecuteFD(ctx, "add-fd", map[string]string{"opaque": guardian.FdsetOpaque}, &set, w); err != nil {
 		return p, err
 	}
 	p.fdset = set.ID

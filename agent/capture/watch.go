@@ -22,6 +22,7 @@ type watch struct {
 	page    *os.File
 	guard   *guardian.Guardian
 	cow     *cow // nil in other modes
+	s       *session
 
 	beat sync.WaitGroup
 	stop chan struct{}
@@ -29,7 +30,7 @@ type watch struct {
 
 // startWatch starts the helper processes. Nothing has been done to the VM yet.
 func startWatch(ctx context.Context, s *session) (w *watch, err error) {
-	w = &watch{stop: make(chan struct{})}
+	w = &watch{s: s, stop: make(chan struct{})}
 	defer func() {
 		if err != nil {
 			err = errors.Join(err, w.close(ctx))
@@ -112,6 +113,14 @@ func (w *watch) explain(s *session, err error) error {
 		WithHint("the host is overloaded; take it again")
 }
 
+// mend resumes a VM that the pause had to leave behind because the monitor was
+// lost or did not answer. The guardian still watches meanwhile. The connection is
+// out of step at best, so a new one is made.
+func (w *watch) mend(ctx context.Context) error {
+	_ = w.s.target.QMP.Close() // lost as it is
+	return guardian.Resume(ctx, w.control, w.s.target.Process, w.s.target.Endpoint)
+}
+
 // close ends the helpers. What might still be armed is released first, and while
 // the guardian watches.
 func (w *watch) close(ctx context.Context) error {
@@ -119,6 +128,9 @@ func (w *watch) close(ctx context.Context) error {
 	var errs []error
 	if w.cow != nil {
 		errs = append(errs, w.cow.srv.Close())
+	}
+	if w.control != nil && w.control.Stopped.Load() != 0 {
+		errs = append(errs, w.mend(ctx))
 	}
 	if w.control != nil {
 		w.control.Engaged.Store(0)

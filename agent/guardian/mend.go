@@ -13,7 +13,9 @@ import (
 
 	"golang.org/x/sys/unix"
 
+	"github.com/ckagent/ckagent/agent/problem"
 	"github.com/ckagent/ckagent/agent/qmp"
+	"github.com/ckagent/ckagent/agent/vm"
 	"github.com/ckagent/ckagent/agent/vm/inject"
 )
 
@@ -142,14 +144,51 @@ func resume(ctx context.Context, c *Control, qemuPidfd int, socket *os.File, end
 	defer done()
 	// Half a command of the agent's is off the wire now, also if there is nothing
 	// to resume: the next user of this monitor finds it clean.
-	if c.Running.Load() == 0 || c.Stopped.Load() == 0 {
-		return nil
-	}
-	r.StatusBefore, r.Resumed, err = resumeVM(ctx, m)
-	if err == nil {
+	if c.Running.Load() != 0 && c.Stopped.Load() != 0 {
+		if r.StatusBefore, r.Resumed, err = resumeVM(ctx, m); err != nil {
+			return err
+		}
 		c.Stopped.Store(0)
 	}
-	return err
+	r.note(dropFdsets(ctx, m))
+	return nil
+}
+
+// FdsetOpaque marks the descriptor sets that a checkpoint makes in QEMU.
+const FdsetOpaque = "ckagent"
+
+// dropFdsets gives back the descriptor sets that a checkpoint could not: while
+// another monitor is connected QEMU keeps them.
+func dropFdsets(ctx context.Context, m executor) error {
+	var sets []struct {
+		ID  int `json:"fdset-id"`
+		FDs []struct {
+			Opaque string `json:"opaque"`
+		} `json:"fds"`
+	}
+	if err := m.Execute(ctx, "query-fdsets", nil, &sets); err != nil {
+		return err
+	}
+	var errs []error
+	for _, s := range sets {
+		if len(s.FDs) > 0 && s.FDs[0].Opaque == FdsetOpaque {
+			errs = append(errs, m.Execute(ctx, "remove-fd", map[string]int{"fdset-id": s.ID}, nil))
+		}
+	}
+	return errors.Join(errs...)
+}
+
+// Resume lets QEMU go on, for an agent that lives but lost its way to the monitor
+// inside a pause. It does what the guardian would do after the agent's death, and
+// nothing if the control page says that nothing was stopped. The agent's own connection must be closed.
+func Resume(ctx context.Context, c *Control, qemu *vm.Process, endpoint qmp.Endpoint) error {
+	var r Report
+	err := resume(ctx, c, int(qemu.PidFD().Fd()), nil, endpoint, &r)
+	if err != nil {
+		return problem.New(problem.Failed, "resume", qemu.String(), "the VM was left paused: %w", err).
+			WithHint("ckagent release %d, or cont in QEMU's monitor", qemu.PID)
+	}
+	return nil
 }
 
 func openMonitor(ctx context.Context, socket *os.File, endpoint qmp.Endpoint) (executor, func(), error) {
