@@ -31,6 +31,7 @@ const (
 	fRest     = "rest"      // pause without it
 	fBytes    = "bytes"     // written
 	fSpeed    = "speed"     // of capturing, bytes/s
+	fDurable  = "durable"   // of capturing, fsync and commit, bytes/s
 	fRaw      = "raw"       // of write(2) of as many bytes
 	fOwnPause = "own_pause" // what the tool itself says
 	fSeenBias = "seen_bias" // share by which the tool's own figure differs from what the guest saw

@@ -85,6 +85,7 @@ func (b *bench) ckagent(ctx context.Context, g *guest, dir string) (figures, []s
 	}
 	if prearm, resume, commit := marks["prearm"], marks["resume"], marks["commit"]; !prearm.IsZero() && !resume.IsZero() && !commit.IsZero() {
 		f[fSpeed] = float64(r.StoredBytes) / commit.Sub(resume).Seconds()
+		f[fDurable] = float64(r.StoredBytes) / ended.Sub(resume).Seconds()
 		stages = append(stages,
 			stage{"command to pre-armed: start, attach, layout, helpers", float64(prearm.Sub(began))},
 			stage{"pre-armed to running again: flush, pause", float64(resume.Sub(prearm))},
