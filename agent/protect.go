@@ -23,10 +23,13 @@ type Protection struct {
 
 // Protect takes checkpoints at the interval until ctx ends or the VM does. A
 // failed checkpoint is reported and tried again at the next turn; only what can
-// never succeed ends it.
+// never succeed ends it. A refusal counts as that before the first success: later
+// ones are of a VM that can be protected, and pass (a backup job, a debugger, a
+// migration, memory that is short).
 func (v *VM) Protect(ctx context.Context, st *store.Store, p Protection) error {
 	timer := time.NewTimer(0)
 	defer timer.Stop()
+	proven := false
 	for {
 		select {
 		case <-ctx.Done():
@@ -40,15 +43,22 @@ func (v *VM) Protect(ctx context.Context, st *store.Store, p Protection) error {
 		err := v.turn(ctx, st, p)
 		switch {
 		case err == nil:
+			proven = true
 		case ctx.Err() != nil:
 			return errors.Join(ctx.Err(), err)
-		case problem.Is(err, problem.Refused), problem.Is(err, problem.Usage), problem.Is(err, problem.NotFound):
+		case hopeless(err, proven):
 			return err
 		default:
 			p.Failed(err)
 		}
 		timer.Reset(max(0, time.Until(next)))
 	}
+}
+
+// hopeless reports whether another try would fail in the same way. That the VM has
+// ended is not for an error to say: Ended does.
+func hopeless(err error, proven bool) bool {
+	return problem.Is(err, problem.Usage) || !proven && problem.Is(err, problem.Refused)
 }
 
 // turn takes one checkpoint, drops what is beyond the count, and gives the
