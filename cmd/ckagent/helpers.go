@@ -4,6 +4,7 @@ import (
 	"context"
 	"fmt"
 	"os"
+	"time"
 
 	"github.com/ckagent/ckagent/agent/capture"
 	"github.com/ckagent/ckagent/agent/capture/faultserver"
@@ -44,12 +45,21 @@ func helperMain(args []string) (code int, ok bool) {
 // faultServerHooks are what a fault server needs from packages above it.
 type faultServerHooks struct{ control *guardian.Control }
 
+// injectTimeout bounds an injection: a QEMU that somebody freezes in the middle of
+// one answers only when it is thawed.
+const injectTimeout = 10 * time.Second
+
 // takeUserfaultfd makes a userfaultfd in QEMU and leaves nothing there. Should this
-// process die meanwhile, the control page tells the guardian to tidy up.
+// process die meanwhile, or the injection break off, the control page tells the
+// guardian to tidy up.
 func (h *faultServerHooks) takeUserfaultfd(pid int, vcpus []int) (*os.File, error) {
 	h.control.Injecting.Store(1)
-	f, _, err := inject.Userfaultfd(context.Background(), pid, inject.Options{VCPUs: vcpus})
-	h.control.Injecting.Store(0)
+	ctx, cancel := context.WithTimeout(context.Background(), injectTimeout)
+	defer cancel()
+	f, _, err := inject.Userfaultfd(ctx, pid, inject.Options{VCPUs: vcpus})
+	if err == nil {
+		h.control.Injecting.Store(0)
+	}
 	return f, err
 }
 
