@@ -1,7 +1,6 @@
 package pager
 
 import (
-	"os"
 	"sync/atomic"
 	"time"
 
@@ -24,13 +23,13 @@ type beater struct {
 }
 
 func (b *beater) run() {
-	w, self := b.w, int64(os.Getpid())
+	w := b.w
 	for n := 0; ; n++ {
 		s := b.server.Load()
 		if s == nil || !s.stuck(stuckNS) {
 			w.ctl.worker.beatNS.Store(nowNS())
 		}
-		if w.ctl.worker.pid.Load() != self && s != nil {
+		if w.ctl.worker.occupant() != w.self && s != nil {
 			s.end(errSuperseded)
 		}
 		if n%20 == 0 {

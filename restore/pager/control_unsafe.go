@@ -41,8 +41,7 @@ func (p Phase) over() bool { return p >= PhaseDone }
 
 // seat is who does one of the two jobs, and the last sign of life.
 type seat struct {
-	pid    atomic.Int64
-	start  atomic.Uint64 // ticks, against reuse of the pid
+	who    atomic.Uint64 // occupant, packed: pid and start change as one
 	beatNS atomic.Int64  // CLOCK_MONOTONIC
 	spawns atomic.Uint64 // how often the seat was filled
 	works  atomic.Uint64 // how often its occupant got to work

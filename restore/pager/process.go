@@ -60,7 +60,7 @@ func statsOf(c *control) Stats {
 		DrainedBytes: c.drainBytes.Load(), LeftPages: c.leftPages.Load(), BadPages: c.badPages.Load(),
 		ReadErrors: c.readErrors.Load(), WorkerStarts: c.worker.spawns.Load(), SupervisorStart: c.supervisor.spawns.Load(),
 		CollapsedBytes: c.collapsed.Load(), CollapseNS: c.collapseNS.Load(), RSSBytes: c.rssBytes.Load(),
-		WorkerPID: int(c.worker.pid.Load()), SupervisorPID: int(c.supervisor.pid.Load()),
+		WorkerPID: c.worker.occupant().PID, SupervisorPID: c.supervisor.occupant().PID,
 	}
 }
 
@@ -109,7 +109,7 @@ func Prestart(ctx context.Context, self, runDir string, source *SourceSpec) (_ *
 		if r.verb == VerbSupervisor {
 			warm = ""
 		}
-		p, err := spawn(r, self, runDir, w.ctl, rd, warm)
+		p, err := spawn(r, occupant{}, self, runDir, w.ctl, rd, warm)
 		rd.Close()
 		if err != nil {
 			return nil, err
@@ -130,6 +130,7 @@ func (w *Warm) Abort() {
 		_, _ = p.Wait()
 	}
 	w.children = nil
+	sweepCgroups()
 	if w.ctl != nil {
 		w.ctl.close()
 		w.ctl = nil
@@ -224,7 +225,7 @@ func (w *Warm) end() {
 func endNow(r role, c *control) {
 	o := r.seat(c).occupant()
 	kill(o)
-	awaitExit(o.PID, o.Start, lastWords)
+	awaitExit(o, lastWords)
 	dropCgroup(cgroupName(r.name, o.PID))
 }
 
@@ -265,7 +266,7 @@ func (p *Process) follow() {
 		if ph.over() {
 			for _, r := range []role{workerRole, supervisorRole} {
 				s := r.seat(p.ctl)
-				awaitExit(int(s.pid.Load()), s.start.Load(), lastWords)
+				awaitExit(s.occupant(), lastWords)
 				if present(s.occupant()) {
 					endNow(r, p.ctl) // stopped in its last moments
 				}
@@ -274,7 +275,7 @@ func (p *Process) follow() {
 			return
 		}
 		if !present(p.ctl.worker.occupant()) && !present(p.ctl.supervisor.occupant()) {
-			if c, err := spawn(supervisorRole, p.self, p.runDir, p.ctl, nil, ""); err == nil {
+			if c, err := spawn(supervisorRole, p.ctl.supervisor.occupant(), p.self, p.runDir, p.ctl, nil, ""); err == nil {
 				p.children = append(p.children, c)
 				_ = noteSeats(p.runDir, p.ctl)
 			}

@@ -62,7 +62,7 @@ func Resume(ctx context.Context, runDir string) (*Process, error) {
 	ctl.phase.Store(uint32(phase))
 	var children []*os.Process
 	for _, r := range []role{workerRole, supervisorRole} {
-		c, err := spawn(r, st.Config.Self, runDir, ctl, nil, "")
+		c, err := spawn(r, occupant{}, st.Config.Self, runDir, ctl, nil, "")
 		if err != nil {
 			for _, c := range children {
 				_ = c.Kill()

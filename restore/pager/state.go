@@ -145,13 +145,32 @@ type occupant struct {
 	Start uint64 `json:"start"`
 }
 
-func (s *seat) occupant() occupant { return occupant{int(s.pid.Load()), s.start.Load()} }
+// pidBits is what a pid takes (PID_MAX_LIMIT is 1<<22); the rest is the start.
+const pidBits = 22
 
-func (s *seat) fill(o occupant, beatNS int64) {
-	s.start.Store(o.Start)
-	s.beatNS.Store(beatNS)
-	s.pid.Store(int64(o.PID))
-	s.spawns.Add(1)
+func (o occupant) pack() uint64 { return o.Start<<pidBits | uint64(o.PID)&(1<<pidBits-1) }
+
+func unpack(v uint64) occupant { return occupant{int(v & (1<<pidBits - 1)), v >> pidBits} }
+
+func (s *seat) occupant() occupant { return unpack(s.who.Load()) }
+
+// claim puts now in the place of old. The new process and who started it both do, in
+// any order; false means that somebody else was faster and now has no seat.
+func (s *seat) claim(old, now occupant, beatNS int64) bool {
+	if s.who.Load() == old.pack() {
+		s.beatNS.Store(beatNS)
+	}
+	if s.who.CompareAndSwap(old.pack(), now.pack()) {
+		s.spawns.Add(1)
+		return true
+	}
+	return s.occupant() == now
+}
+
+// myself is this process as an occupant.
+func myself() (occupant, error) {
+	ticks, _, err := startTicks(os.Getpid())
+	return occupant{os.Getpid(), ticks}, err
 }
 
 // noteSeats writes down who is who. Both processes do; the last one wins, and a

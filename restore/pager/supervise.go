@@ -45,14 +45,14 @@ func supervise(ctx context.Context, o *options, ctl *control) error {
 		log("%v", err)
 		return err
 	}
-	self := int64(os.Getpid())
-	ticks, _, err := startTicks(os.Getpid())
+	self, err := myself()
 	if err != nil {
 		return err
 	}
 	me := &ctl.supervisor
-	me.start.Store(ticks)
-	me.pid.Store(self)
+	if !me.claim(unpack(o.old), self, nowNS()) {
+		return nil
+	}
 	me.works.Add(1)
 	pidfd, err := openTarget(&st.Config)
 	if err != nil {
@@ -76,13 +76,13 @@ func supervise(ctx context.Context, o *options, ctl *control) error {
 		defer close(watched)
 		w.run(wctx, stop)
 	}()
-	for ctx.Err() == nil && !ctl.phaseNow().over() && me.pid.Load() == self {
+	for ctx.Err() == nil && !ctl.phaseNow().over() && me.occupant() == self {
 		me.beatNS.Store(nowNS())
 		if await(beatEvery, stop.FD(), pidfd) == 0 {
 			break
 		}
 	}
-	superseded := me.pid.Load() != self
+	superseded := me.occupant() != self
 	cancel()
 	_ = stop.Signal()
 	<-watched
@@ -92,7 +92,7 @@ func supervise(ctx context.Context, o *options, ctl *control) error {
 	if !alive(pidfd) && !ctl.phaseNow().over() {
 		ctl.advance(PhaseGone)
 	}
-	awaitExit(int(ctl.worker.pid.Load()), ctl.worker.start.Load(), lastWords)
+	awaitExit(ctl.worker.occupant(), lastWords)
 	w.reap()
 	if ctl.has(flagDetached) && ctl.phaseNow().over() {
 		cleanUp(o.runDir)
@@ -103,13 +103,13 @@ func supervise(ctx context.Context, o *options, ctl *control) error {
 const lastWords = 3 * time.Second
 
 // awaitExit returns when a process has ended, or after d.
-func awaitExit(pid int, start uint64, d time.Duration) {
-	fd, err := unix.PidfdOpen(pid, 0)
+func awaitExit(o occupant, d time.Duration) {
+	fd, err := unix.PidfdOpen(o.PID, 0)
 	if err != nil {
 		return
 	}
 	defer unix.Close(fd)
-	if ticks, _, err := startTicks(pid); err != nil || start != 0 && ticks != start {
+	if ticks, _, err := startTicks(o.PID); err != nil || ticks != o.Start {
 		return
 	}
 	fds := []unix.PollFd{{Fd: int32(fd), Events: unix.POLLIN}}

@@ -2,9 +2,11 @@ package pager
 
 import (
 	"context"
+	"errors"
 	"fmt"
 	"os"
 	"path/filepath"
+	"strconv"
 	"syscall"
 	"time"
 
@@ -39,8 +41,9 @@ var (
 )
 
 // spawn starts a process of a role on the shared control memory: fd 3 is that, fd 4
-// what keeps it on a leash until it is told to go (nil: it goes at once).
-func spawn(r role, self, runDir string, ctl *control, leash *os.File, warm string) (*os.Process, error) {
+// what keeps it on a leash until it is told to go (nil: it goes at once). It takes
+// the seat of old.
+func spawn(r role, old occupant, self, runDir string, ctl *control, leash *os.File, warm string) (*os.Process, error) {
 	null, err := os.OpenFile(os.DevNull, os.O_RDWR, 0)
 	if err != nil {
 		return nil, err
@@ -51,7 +54,7 @@ func spawn(r role, self, runDir string, ctl *control, leash *os.File, warm strin
 		return nil, fmt.Errorf("start %s: %w", r.name, err)
 	}
 	defer log.Close()
-	args := []string{self, r.verb, "--run-dir", runDir, "--self", self}
+	args := []string{self, r.verb, "--run-dir", runDir, "--self", self, "--old", strconv.FormatUint(old.pack(), 10)}
 	if leash == nil {
 		leash = null
 		args = append(args, "--resume")
@@ -69,8 +72,15 @@ func spawn(r role, self, runDir string, ctl *control, leash *os.File, warm strin
 	if err != nil {
 		return nil, fmt.Errorf("start %s: %w", r.name, err)
 	}
-	ticks, _, _ := startTicks(p.Pid)
-	r.seat(ctl).fill(occupant{p.Pid, ticks}, nowNS()+graceNS)
+	ticks, _, err := startTicks(p.Pid)
+	if err == nil && !r.seat(ctl).claim(old, occupant{p.Pid, ticks}, nowNS()+graceNS) {
+		err = errSuperseded
+	}
+	if err != nil {
+		_ = p.Kill()
+		_, _ = p.Wait()
+		return nil, fmt.Errorf("start %s: %w", r.name, err)
+	}
 	return p, nil
 }
 
@@ -82,7 +92,7 @@ type watcher struct {
 	ctl     *control
 	log     func(format string, args ...any)
 	pidfd   int
-	pid     int // whom pidfd holds
+	held    occupant // by pidfd
 	zombies []*os.Process
 	deaths  int    // in a row
 	fails   int    // of them, of ones that never got to work, in a row
@@ -116,11 +126,11 @@ func (w *watcher) drop() {
 func (w *watcher) look(ctx context.Context) {
 	s := w.role.seat(w.ctl)
 	o := s.occupant()
-	if w.pid != o.PID || w.pidfd < 0 {
+	if w.held != o || w.pidfd < 0 {
 		w.drop()
-		w.pid = o.PID
+		w.held = o
 		if fd, err := unix.PidfdOpen(o.PID, 0); err == nil {
-			if ticks, _, err := startTicks(o.PID); err == nil && (o.Start == 0 || ticks == o.Start) {
+			if ticks, _, err := startTicks(o.PID); err == nil && ticks == o.Start {
 				w.pidfd = fd
 			} else {
 				unix.Close(fd)
@@ -180,7 +190,10 @@ func (w *watcher) replace(ctx context.Context, old occupant, why string) {
 		return // somebody else was faster
 	}
 	w.drop()
-	p, err := spawn(w.role, w.self, w.runDir, w.ctl, nil, "")
+	p, err := spawn(w.role, old, w.self, w.runDir, w.ctl, nil, "")
+	if errors.Is(err, errSuperseded) {
+		return
+	}
 	if err != nil {
 		w.log("%s %d %s; cannot start another: %v", w.role.name, old.PID, why, err)
 		return

@@ -34,6 +34,7 @@ const (
 type options struct {
 	runDir, self, warm string
 	resume             bool
+	old                uint64 // whose seat to take, packed
 }
 
 func parseOptions(verb string, args []string) (*options, error) {
@@ -43,6 +44,7 @@ func parseOptions(verb string, args []string) (*options, error) {
 	f.StringVar(&o.runDir, "run-dir", "", "")
 	f.StringVar(&o.self, "self", "", "")
 	f.StringVar(&o.warm, "warm", "", "")
+	f.Uint64Var(&o.old, "old", 0, "")
 	f.BoolVar(&o.resume, "resume", false, "")
 	if err := f.Parse(args); err != nil {
 		return nil, problem.New(problem.Usage, "start", verb, "%w", err)
@@ -67,6 +69,7 @@ func holdLeash() bool {
 type worker struct {
 	o       *options
 	ctl     *control
+	self    occupant
 	openers map[string]Opener
 	src     PageSource // opened while warm; nil otherwise
 
@@ -149,7 +152,7 @@ func (w *worker) finish(p Phase) error {
 	err := w.update(p, func(st *state) { st.Final = &final })
 	w.ctl.advance(p)
 	// A stopped supervisor would never notice that the work is over.
-	if _, letter, serr := startTicks(int(w.ctl.supervisor.pid.Load())); serr == nil && (letter == 'T' || letter == 't') {
+	if _, letter, serr := startTicks(w.ctl.supervisor.occupant().PID); serr == nil && (letter == 'T' || letter == 't') {
 		endNow(supervisorRole, w.ctl)
 	}
 	if w.ctl.has(flagDetached) && !w.supervised() {
@@ -160,7 +163,7 @@ func (w *worker) finish(p Phase) error {
 
 // supervised reports whether somebody is left to tidy up.
 func (w *worker) supervised() bool {
-	fd, err := unix.PidfdOpen(int(w.ctl.supervisor.pid.Load()), 0)
+	fd, err := unix.PidfdOpen(w.ctl.supervisor.occupant().PID, 0)
 	if err != nil {
 		return false
 	}
@@ -200,17 +203,13 @@ func (w *worker) run(ctx context.Context) error {
 	// wait until the scheduler takes one from a drainer that computes checksums.
 	runtime.GOMAXPROCS(cfg.Workers + cfg.Drainers + 4)
 
-	self, _, err := startTicks(os.Getpid())
-	if err != nil {
+	var err error
+	if w.self, err = myself(); err != nil {
 		return err
 	}
-	me := &w.ctl.worker
-	if w.o.resume && me.pid.Load() != int64(os.Getpid()) && me.start.Load() > self {
+	if !w.ctl.worker.claim(unpack(w.o.old), w.self, nowNS()) {
 		return errSuperseded
 	}
-	me.start.Store(self)
-	me.pid.Store(int64(os.Getpid()))
-	me.beatNS.Store(nowNS())
 
 	pidfd, err := openTarget(cfg)
 	if err != nil {
