@@ -7,7 +7,6 @@ import (
 	"strings"
 	"testing"
 
-
 	"github.com/ckagent/ckagent/tools/vmtest"
 )
 
@@ -195,4 +194,3 @@ func TestTwoAgents(t *testing.T) {
 	wantRunning(t, b.v)
 	x.wantOnly(t, c.ID)
 }
-

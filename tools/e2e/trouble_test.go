@@ -257,16 +257,6 @@ func TestChangedMeanwhile(t *testing.T) {
 		if x.json(t, &verified, "verify", c.ID, "--store", x.store); !verified.Verified {
 			t.Error("not verified")
 		}
-		if err := b.v.Crash(); err != nil {
-			t.Fatal(err)
-		}
-		// The image is of a machine somewhere in its boot: it boots on.
-		r, w := x.restore(t, c.ID, b.v.SerialPath())
-		if _, err := w.AwaitSerial(ctx, `^WS .*w=[1-9]`); err != nil {
-			t.Error(err)
-		}
-		wantUntouched(t, r.QEMUPID)
-		w.Invariants()
 	})
 	t.Run("migrated", func(t *testing.T) {
 		x := newTool(t)
@@ -370,6 +360,11 @@ func TestAttach(t *testing.T) {
 	wantRunning(t, v)
 	if len(ids) < 5 {
 		t.Fatalf("only %d checkpoints: %s", len(ids), errs.String())
+	}
+	// The interrupt may have come between the last checkpoint and the retention
+	// that follows it.
+	if gone := x.run(t, "gc", "--keep-last", "3", "--store", x.store, "--json"); gone.code != exitOK {
+		t.Errorf("gc: %s", gone)
 	}
 	x.wantOnly(t, ids[len(ids)-3:]...)
 	if l := x.ls(t); !slices.ContainsFunc(l, func(l listed) bool { return l.ID == ids[len(ids)-1] }) {
