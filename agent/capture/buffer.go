@@ -41,14 +41,13 @@ const populateStep = 4 << 20
 func newPageBuffer(ctx context.Context, src *source.Source, limit uint64) (*pageBuffer, error) {
 	var content uint64
 	for i := range src.Blocks() {
-		runs, err := src.Runs(i, 0, src.Block(i).Pages, nil)
-		if err != nil {
-			return nil, fmt.Errorf("estimate the buffer: %w", err)
-		}
-		for _, r := range runs {
+		err := src.Each(i, func(r source.Run) {
 			if !r.Zero {
 				content += r.Pages * source.PageBytes
 			}
+		})
+		if err != nil {
+			return nil, fmt.Errorf("estimate the buffer: %w", err)
 		}
 	}
 	if limit == 0 {

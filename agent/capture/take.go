@@ -194,15 +194,14 @@ func (s *session) take(ctx context.Context) (err error) {
 func (s *session) neededBytes() (uint64, error) {
 	var need uint64 = 16 << 20
 	for i := range s.src.Blocks() {
-		runs, err := s.src.Runs(i, 0, s.blocks[i].Pages, nil)
-		if err != nil {
-			return 0, problem.New(problem.Failed, "read RAM", s.object, "%w", err)
-		}
-		for _, r := range runs {
+		err := s.src.Each(i, func(r source.Run) {
 			need += r.Pages * 16
 			if !r.Zero {
 				need += r.Pages * source.PageBytes
 			}
+		})
+		if err != nil {
+			return 0, problem.New(problem.Failed, "read RAM", s.object, "%w", err)
 		}
 	}
 	return need, nil

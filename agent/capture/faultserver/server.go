@@ -199,16 +199,22 @@ func (s *server) notePopulated(block int, t *pageTable) error {
 	if t.populated == nil {
 		return nil
 	}
-	runs, err := s.src.Runs(block, 0, t.block.Pages, nil)
-	if err != nil {
-		return err
-	}
-	for _, r := range runs {
+	err := s.src.Each(block, func(r source.Run) {
 		if !r.Zero {
 			setRange(t.populated, r.First, r.Pages)
 		}
+	})
+	if err != nil {
+		return err
 	}
-	return s.src.Held(block, 0, t.block.Pages, func(first, n uint64) { setRange(t.held, first, n) })
+	const step = 1 << 15 // pages: what Held remembers is bounded by it
+	for first := uint64(0); first < t.block.Pages; first += step {
+		n := min(step, t.block.Pages-first)
+		if err := s.src.Held(block, first, n, func(first, n uint64) { setRange(t.held, first, n) }); err != nil {
+			return err
+		}
+	}
+	return nil
 }
 
 // rearm arms the pages that were written since they were armed.

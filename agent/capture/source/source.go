@@ -186,6 +186,26 @@ func (s *Source) Runs(block int, first, n uint64, out []Run) ([]Run, error) {
 	return out, err
 }
 
+// eachPages is how many pages Each looks at in one step.
+const eachPages = 1 << 15
+
+// Each calls yield for the runs of a whole block, in ascending order. It takes the
+// same memory for a block of any size, however fragmented; for that, runs end at
+// multiples of 128 MiB.
+func (s *Source) Each(block int, yield func(Run)) error {
+	var out []Run
+	for first, end := uint64(0), s.blocks[block].Pages; first < end; first += eachPages {
+		var err error
+		if out, err = s.Runs(block, first, min(eachPages, end-first), out[:0]); err != nil {
+			return err
+		}
+		for _, r := range out {
+			yield(r)
+		}
+	}
+	return nil
+}
+
 // appendRun adds r to out, merging it with the last run since mark if they are
 // alike.
 func appendRun(out []Run, mark int, r Run) []Run {

@@ -181,3 +181,50 @@ func TestRunsByEntries(t *testing.T) {
 		t.Fatal(d)
 	}
 }
+
+// Each tells the same of every page as Runs does, in runs that end at its steps.
+func TestEachCoversTheBlockInSteps(t *testing.T) {
+	fd, err := unix.MemfdCreate("source-test", unix.MFD_CLOEXEC)
+	if err != nil {
+		t.Fatal(err)
+	}
+	f := os.NewFile(uintptr(fd), "memfd")
+	defer f.Close()
+	const large = 4*eachPages + 77
+	if err := f.Truncate(large * PageBytes); err != nil {
+		t.Fatal(err)
+	}
+	const touched = 64 // spread over it, at the step's edges above all
+	want := map[uint64]bool{}
+	for i := range uint64(touched) {
+		for _, p := range []uint64{i * (large / touched), i/16*eachPages + i%16, (i/16+1)*eachPages - 1 - i%16} {
+			if _, err := f.WriteAt([]byte{1}, int64(p*PageBytes)); err != nil {
+				t.Fatal(err)
+			}
+			want[p] = true
+		}
+	}
+	mem, err := unix.Mmap(fd, 0, large*PageBytes, unix.PROT_READ, unix.MAP_SHARED)
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer unix.Munmap(mem)
+	s := openSelf(t, Block{HVA: uint64(uintptr(unsafe.Pointer(&mem[0]))), Pages: large, Kind: Shared})
+	next := uint64(0)
+	if err := s.Each(0, func(r Run) {
+		if r.First != next || r.First/eachPages != (r.First+r.Pages-1)/eachPages {
+			t.Errorf("run %+v, want one from page %d within a step", r, next)
+		}
+		next = r.First + r.Pages
+		for p := r.First; p < next; p++ {
+			if want[p] == r.Zero {
+				t.Errorf("page %d: zero %v", p, r.Zero)
+			}
+		}
+	}); err != nil {
+		t.Fatal(err)
+	}
+	if next != large {
+		t.Errorf("ended at page %d of %d", next, large)
+	}
+}
