@@ -210,6 +210,10 @@ func (x *run) bringUp(ctx context.Context) error {
 	}
 	q := x.q
 	x.res.QEMUPID = q.child.Pid
+	// At once: who is killed from here on leaves a QEMU that Sweep must find.
+	if err := x.dir.adopt(identity{q.child.Pid, q.started}); err != nil {
+		return err
+	}
 	x.phase(PhaseStarted, time.Now())
 
 	// While QEMU starts: the pager's processes and the stream.
@@ -229,9 +233,6 @@ func (x *run) bringUp(ctx context.Context) error {
 		return err
 	})
 	early.Go(func() error {
-		if err := x.dir.adopt(identity{q.child.Pid, q.started}); err != nil {
-			return err
-		}
 		cgroup.Move(q.child.Pid, groupName(q.child.Pid))
 		return nil
 	})
@@ -276,6 +277,9 @@ func (x *run) bringUp(ctx context.Context) error {
 	loadCtx, stopLoad := context.WithTimeoutCause(ctx, x.o.LoadWithin, fmt.Errorf("%w: the state was not loaded within %v", errTooSlow, x.o.LoadWithin))
 	defer stopLoad()
 	if err := x.arm(loadCtx, c, stream, remote); err != nil {
+		return err
+	}
+	if err := x.dir.letGo(); err != nil {
 		return err
 	}
 	l, err := load(loadCtx, c, stream, !x.plan.Paused)

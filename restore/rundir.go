@@ -9,6 +9,7 @@ import (
 	"strconv"
 	"strings"
 	"sync/atomic"
+	"time"
 
 	"golang.org/x/sys/unix"
 
@@ -27,7 +28,8 @@ type state struct {
 	Name       string   `json:"name"`
 	BootID     string   `json:"boot_id"`
 	Restorer   identity `json:"restorer"`
-	QEMU       identity `json:"qemu"` // zero while it is being started
+	QEMU       identity `json:"qemu"`    // zero while it is being started
+	Waiting    bool     `json:"waiting"` // QEMU is there, but its guest was not let go yet
 }
 
 // identity is a process that cannot be mistaken for its successor.
@@ -42,6 +44,31 @@ func (id identity) alive() bool {
 	}
 	start, err := startTicks(id.PID)
 	return err == nil && (id.Start == 0 || start == id.Start)
+}
+
+// endPatience is for a killed QEMU to be gone.
+const endPatience = 2 * time.Second
+
+// end kills this very process and waits for it, but not for ever.
+func (id identity) end() {
+	fd, err := unix.PidfdOpen(id.PID, 0)
+	if err != nil {
+		return
+	}
+	defer unix.Close(fd)
+	if !id.alive() { // held by now: what is true stays true
+		return
+	}
+	if unix.PidfdSendSignal(fd, unix.SIGKILL, nil, 0) != nil {
+		return
+	}
+	for deadline := time.Now().Add(endPatience); ; {
+		left := time.Until(deadline)
+		n, err := unix.Poll([]unix.PollFd{{Fd: int32(fd), Events: unix.POLLIN}}, max(0, int(left/time.Millisecond)))
+		if n > 0 || left <= 0 || err != nil && !errors.Is(err, unix.EINTR) {
+			return
+		}
+	}
 }
 
 // startTicks reads field 22 of /proc/PID/stat; a zombie counts as gone.
@@ -127,7 +154,9 @@ func (d *runDir) own(uid, gid int) error {
 	return os.Chown(d.path, uid, gid)
 }
 
-// Sweep removes the run directories of VMs that are gone, and returns how many.
+// Sweep removes the run directories of VMs that are gone, and returns how many. A
+// QEMU whose guest never ran, because its restorer was killed, is ended first: it
+// would stand in the way of every further restore of that VM.
 // Directories of another boot cannot exist (tmpfs) unless root lies elsewhere.
 func Sweep(root string) (int, error) {
 	if root == "" {
@@ -155,8 +184,13 @@ func Sweep(root string) (int, error) {
 		if json.Unmarshal(raw, &s) != nil {
 			continue
 		}
-		if s.BootID == boot && (s.QEMU.alive() || s.Restorer.alive() && s.QEMU.PID == 0) {
-			continue
+		if s.BootID == boot {
+			if s.QEMU.alive() && s.Waiting && !s.Restorer.alive() {
+				s.QEMU.end()
+			}
+			if s.QEMU.alive() || s.Restorer.alive() && s.QEMU.PID == 0 {
+				continue
+			}
 		}
 		cgroup.Remove(groupName(s.QEMU.PID)) // fails while a process is in it
 		if err := os.RemoveAll(dir); err != nil {
@@ -169,6 +203,12 @@ func Sweep(root string) (int, error) {
 
 // adopt notes whose directory it is.
 func (d *runDir) adopt(id identity) error {
-	d.state.QEMU = id
+	d.state.QEMU, d.state.Waiting = id, true
+	return d.save()
+}
+
+// letGo notes that the guest may run from now on.
+func (d *runDir) letGo() error {
+	d.state.Waiting = false
 	return d.save()
 }
