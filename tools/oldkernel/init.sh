@@ -20,9 +20,13 @@ stty -F /dev/ttyS1 raw -echo
 exec 3<>/dev/ttyS1
 echo "@@ 0 0 0" >&3
 while read -r line <&3; do
+	# New files each time, and a fixed length of them: what a command left running
+	# may still write to the old ones.
+	rm -f /tmp/.out /tmp/.err
 	(eval "$line") >/tmp/.out 2>/tmp/.err 3>&- </dev/null
-	code=$?
-	echo "@@ $code $(wc -c </tmp/.out) $(wc -c </tmp/.err)" >&3
-	cat /tmp/.out /tmp/.err >&3
+	code=$? out=$(wc -c </tmp/.out) err=$(wc -c </tmp/.err)
+	echo "@@ $code $out $err" >&3
+	head -c "$out" /tmp/.out >&3
+	head -c "$err" /tmp/.err >&3
 done
 poweroff -f

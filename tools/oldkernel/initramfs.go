@@ -39,7 +39,7 @@ var firmware = []string{
 // tcgModule is the emulator proper, which Debian packages as a module of QEMU.
 const tcgModule = "/usr/lib/x86_64-linux-gnu/qemu/accel-tcg-x86_64.so"
 
-var applets = []string{"sh", "cat", "cut", "dd", "dmesg", "echo", "free", "grep", "ip", "kill", "ln", "ls", "mkdir", "mount",
+var applets = []string{"sh", "cat", "cut", "dd", "dmesg", "echo", "free", "grep", "head", "ip", "kill", "ln", "ls", "mkdir", "mount",
 	"poweroff", "ps", "readlink", "rm", "sed", "seq", "setsid", "sleep", "sort", "stty", "tail", "test", "timeout", "touch",
 	"true", "uname", "usleep", "wc"}
 
