@@ -39,6 +39,9 @@ type Client struct {
 	over  bool // the server has replied for the last time
 }
 
+// startPatience is for a server to be ready: it makes its arena present first.
+const startPatience = 15 * time.Second
+
 // New starts a fault server and waits until it is ready to arm.
 func New(ctx context.Context, o Start) (*Client, error) {
 	if err := o.Config.validate(); err != nil {
@@ -73,6 +76,7 @@ func New(ctx context.Context, o Start) (*Client, error) {
 	if err := c.cmd.Start(); err != nil {
 		return nil, errors.Join(fmt.Errorf("start the fault server: %w", err), c.conn.Close(), a.Close())
 	}
+	peer.Close() // or the end of the server would not end our reads
 	// Apart from the agent: who freezes or starves that must not hold the guest.
 	cgroup.Move(c.PID(), c.group())
 	if err := c.configure(ctx, o.Config); err != nil {
