@@ -189,7 +189,10 @@ func (c *Client) Close() error {
 		if rc, e := rawOf(c.conn); e == nil {
 			_ = rc.Control(func(fd uintptr) { _ = unix.Shutdown(int(fd), unix.SHUT_RDWR) })
 		}
-		err = c.conn.Close()
+		// A connection that QEMU's end has closed already is as closed as it can be.
+		if err = c.conn.Close(); errors.Is(err, net.ErrClosed) {
+			err = nil
+		}
 		<-c.done
 		c.peer.close()
 	})
