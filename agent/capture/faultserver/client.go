@@ -79,7 +79,10 @@ func New(ctx context.Context, o Start) (*Client, error) {
 	peer.Close() // or the end of the server would not end our reads
 	// Apart from the agent: who freezes or starves that must not hold the guest.
 	cgroup.Move(c.PID(), c.group())
-	if err := c.configure(ctx, o.Config); err != nil {
+	// Nobody watches it yet: one that hangs here would hang us as well.
+	starting, cancel := context.WithTimeout(ctx, startPatience)
+	defer cancel()
+	if err := c.configure(starting, o.Config); err != nil {
 		return nil, errors.Join(err, c.Close())
 	}
 	return c, nil
