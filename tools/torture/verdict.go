@@ -19,9 +19,16 @@ func (r *run) check(ctx context.Context, agent *Proc, began time.Time, ended cha
 	halted := out.Acted && (r.round.Victim == Agent || r.round.Victim == Service || r.round.Victim == Both)
 	if r.round.Victim == Both && out.Acted {
 		// Nobody is left who would do it by itself.
-		cmd := exec.CommandContext(ctx, b.g.Binary, "release", strconv.Itoa(b.PID()), "--json")
-		cmd.Env = append(os.Environ(), "CKAGENT_RUN_DIR="+b.state)
-		if text, err := cmd.CombinedOutput(); err != nil {
+		var text []byte
+		var err error
+		await(bound, func() bool {
+			cmd := exec.CommandContext(ctx, b.g.Binary, "release", strconv.Itoa(b.PID()), "--json")
+			cmd.Env = append(os.Environ(), "CKAGENT_RUN_DIR="+b.state)
+			text, err = cmd.CombinedOutput()
+			// Busy: the killed agent is not quite gone yet.
+			return err == nil || cmd.ProcessState == nil || cmd.ProcessState.ExitCode() != 5
+		})
+		if err != nil {
 			out.fail("release: %v: %s", err, text)
 		}
 	}
@@ -48,7 +55,10 @@ func (r *run) check(ctx context.Context, agent *Proc, began time.Time, ended cha
 	}
 	<-ended
 	var left []int
-	await(afterwards, func() bool { left = orphans(); return len(left) == 0 })
+	if !await(afterwards, func() bool { left = orphans(); return len(left) == 0 }) {
+		out.failLate("still there %v after the agent's end: pids %v", afterwards, left)
+		await(3*afterwards, func() bool { left = orphans(); return len(left) == 0 })
+	}
 	for _, pid := range left {
 		out.fail("left behind: pid %d %s", pid, verbOf(pid))
 		_ = unix.Kill(pid, unix.SIGKILL) // our own descendant, and not reaped yet
