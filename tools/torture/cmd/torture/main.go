@@ -28,13 +28,13 @@ func main() {
 		seed    = flag.Uint64("seed", uint64(time.Now().UnixNano()), "of the random instants")
 		random  = flag.Int("random", 300, "random instants")
 		pause   = flag.Int("in-pause", 120, "of them between STOP and RESUME")
-		memory  = flag.String("max-memory", "8 GiB", "largest guest of part sizes")
+		sizes   = flag.String("sizes", "1 GiB,4 GiB,8 GiB", "guests of part sizes")
 		results = flag.String("results", "", "append each outcome to this file of JSON lines (default: a new one in -dir)")
 		report  = flag.String("report", "docs/torture.md", "write the summary of the results here; empty: only print it")
 		dir     = flag.String("dir", "", "scratch directory (default: a temporary one)")
 	)
 	flag.Parse()
-	o := options{*binary, strings.Split(*only, ","), *limit, *seed, *random, *pause, *memory, *results, *report, *dir}
+	o := options{*binary, strings.Split(*only, ","), *limit, *seed, *random, *pause, strings.Split(*sizes, ","), *results, *report, *dir}
 	if err := run(o); err != nil {
 		fmt.Fprintln(os.Stderr, "torture:", err)
 		os.Exit(1)
@@ -42,12 +42,13 @@ func main() {
 }
 
 type options struct {
-	binary                       string
-	only                         []string
-	limit                        time.Duration
-	seed                         uint64
-	random, pause                int
-	memory, results, report, dir string
+	binary               string
+	only                 []string
+	limit                time.Duration
+	seed                 uint64
+	random, pause        int
+	sizes                []string
+	results, report, dir string
 }
 
 var errExceptions = errors.New("there were exceptions")
@@ -121,8 +122,12 @@ func campaign(ctx context.Context, c *torture.Campaign, o options) error {
 				err = c.Checkpoints(ctx, small, torture.RandomRounds(rng, o.random, o.pause))
 			}
 		case "sizes":
-			for _, name := range []string{"1 GiB", "4 GiB", "8 GiB"} {
-				if err = c.Checkpoints(ctx, torture.Sizes[name], torture.SizeRounds()); err != nil || name == o.memory {
+			for _, name := range o.sizes {
+				size, ok := torture.Sizes[name]
+				if !ok {
+					return fmt.Errorf("size %q is not known", name)
+				}
+				if err = c.Checkpoints(ctx, size, torture.SizeRounds()); err != nil {
 					break
 				}
 			}
