@@ -67,6 +67,9 @@ func (c *Control) BeatAgent()    { c.AgentBeatNS.Store(Now()) }
 func (c *Control) BeatServer()   { c.ServerBeatNS.Store(Now()) }
 func (c *Control) beatGuardian() { c.GuardianBeatNS.Store(Now()) }
 
+// left reports that the agent stopped a running VM and does not know it resumed.
+func (c *Control) left() bool { return c.Running.Load() != 0 && c.Stopped.Load() != 0 }
+
 // CreateControl makes a control page, on the state directory's tmpfs if that can
 // be written, else in anonymous memory. The file is what other processes inherit.
 func CreateControl() (*Control, *os.File, error) {

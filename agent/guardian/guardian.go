@@ -269,11 +269,17 @@ func (g *Guardian) Check() error {
 }
 
 // Stop ends the guardian in order and reaps it; it may be called again. After it
-// nobody watches: the VM must run and nothing be armed.
+// nobody watches: nothing may be armed. If the control page says that the VM was
+// stopped and is not known to run, the guardian is not ended but left to resume it
+// when that can be done, and Stop says so.
 func (g *Guardian) Stop(ctx context.Context) error {
 	g.stop.Do(func() {
 		g.control.QuitRequested.Store(1)
 		g.link.Close() // wakes it
+		if g.control.left() && g.qemu.alive() {
+			g.err = g.leave()
+			return
+		}
 		ctx, cancel := context.WithTimeout(ctx, stopPatience)
 		defer cancel()
 		forced := false
@@ -285,6 +291,19 @@ func (g *Guardian) Stop(ctx context.Context) error {
 		g.err = g.end(forced)
 	})
 	return g.err
+}
+
+// leave lets the guardian go on alone. It ends when the VM runs or has ended.
+func (g *Guardian) leave() error {
+	p := problem.New(problem.Failed, "resume", fmt.Sprintf("pid %d", g.qemu.PID), "the VM was stopped and does not answer; its guardian with pid %d goes on trying", g.pid).
+		WithHint("ckagent release %d, or cont in QEMU's monitor", g.qemu.PID)
+	select {
+	case <-g.done:
+		p = problem.New(problem.Failed, "resume", fmt.Sprintf("pid %d", g.qemu.PID), "the VM was stopped and does not answer, and its guardian has ended").
+			WithHint("ckagent release %d, or cont in QEMU's monitor", g.qemu.PID)
+	default:
+	}
+	return errors.Join(p, g.control.Close())
 }
 
 // end reaps the child and removes what a killed one leaves.

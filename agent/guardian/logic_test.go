@@ -25,6 +25,7 @@ func TestWatch(t *testing.T) {
 		{"all well", func(o *observation) {}, goOn},
 		{"QEMU ended, agent too", func(o *observation) { o.qemuDead, o.agentDead = true, true }, exitNow},
 		{"asked to", func(o *observation) { o.quit = true }, exitNow},
+		{"asked to, but the VM is stopped", func(o *observation) { o.quit, o.stopped, o.left = true, true, true }, takeOver},
 		{"agent ended in order and was reaped", func(o *observation) { o.quit, o.agentDead = true, true }, exitNow},
 		{"agent dead", func(o *observation) { o.agentDead = true }, takeOver},
 		{"agent dead, idle", func(o *observation) { o.agentDead, o.engaged = true, false }, tidy},

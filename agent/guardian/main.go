@@ -196,7 +196,7 @@ func (g *child) observe(o *observation, qemuDead bool) {
 		agentBeat: c.AgentBeatNS.Load(), serverBeat: c.ServerBeatNS.Load(),
 		agentDead: g.agentDead, serverDead: g.serverDead, qemuDead: qemuDead,
 		engaged: c.Engaged.Load() != 0, stopped: c.Stopped.Load() != 0, sigStopped: c.SigStopped.Load() != 0,
-		quit: c.QuitRequested.Load() != 0, ownLastRun: g.lastRun, now: Now(),
+		quit: c.QuitRequested.Load() != 0, left: c.left(), ownLastRun: g.lastRun, now: Now(),
 	}
 }
 
@@ -210,7 +210,7 @@ func (g *child) takeOver(ctx context.Context, why string, held bool) error {
 	if held {
 		g.control.GuardianActed.Store(uint32(Acting))
 	}
-	if !g.agentDead {
+	if !g.agentDead && g.control.QuitRequested.Load() == 0 {
 		// It may still be writing to the monitor: a moment for it to go, but no
 		// more than that.
 		end(agentFD, g.Agent.PID, g.home, agentPatience)
@@ -221,7 +221,7 @@ func (g *child) takeOver(ctx context.Context, why string, held bool) error {
 		gone <- g.letGo()
 	}()
 	if held {
-		err := resume(ctx, g.control, qemuFD, g.socket, g.Endpoint, &r)
+		err := g.resume(ctx, &r)
 		r.note(err)
 		switch {
 		case err != nil:
@@ -252,6 +252,19 @@ func (g *child) takeOver(ctx context.Context, why string, held bool) error {
 		return writeJSON(statePath(g.StateDir, g.QEMU)+reportSuffix, r)
 	}
 	return nil
+}
+
+// resume tries until the VM runs or has ended. A QEMU that hangs, in a flush to
+// disks that do not answer for instance, carries out our stop when it comes back,
+// be it after minutes; whoever gave up by then leaves it stopped for ever.
+func (g *child) resume(ctx context.Context, r *Report) error {
+	for {
+		err := resume(ctx, g.control, qemuFD, g.socket, g.Endpoint, r)
+		if err == nil || !g.control.left() || ctx.Err() != nil || waitExit(qemuFD, resumeAgain) {
+			return err
+		}
+		g.control.beatGuardian()
+	}
 }
 
 // mendInjection closes what a fault server left in QEMU that died, or was ended

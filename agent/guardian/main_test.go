@@ -86,6 +86,7 @@ func playServer(qemu, control string) error {
 	if err != nil {
 		return err
 	}
+	c.BeatServer() // before the first, nobody watches for more
 	go func() {
 		for range time.Tick(20 * time.Millisecond) {
 			c.BeatServer()

@@ -25,6 +25,7 @@ const (
 	serverPatience  = 2 * time.Second        // for a killed fault server: its exit unprotects memory
 	monitorPatience = 10 * time.Second       // for QMP to be in step; it may be flushing disks
 	injectPatience  = 3 * time.Second        // for closing descriptors inside
+	resumeAgain     = time.Second            // between two tries to resume
 )
 
 // Report says what a take-over or a release did.
@@ -144,7 +145,7 @@ func resume(ctx context.Context, c *Control, qemuPidfd int, socket *os.File, end
 	defer done()
 	// Half a command of the agent's is off the wire now, also if there is nothing
 	// to resume: the next user of this monitor finds it clean.
-	if c.Running.Load() != 0 && c.Stopped.Load() != 0 {
+	if c.left() {
 		if r.StatusBefore, r.Resumed, err = resumeVM(ctx, m); err != nil {
 			return err
 		}
@@ -199,11 +200,13 @@ func openMonitor(ctx context.Context, socket *os.File, endpoint qmp.Endpoint) (e
 			return m, m.close, nil
 		}
 		first = err
-		// QEMU serves one connection per monitor: ours must be gone first.
-		socket.Close()
 	}
 	if endpoint.Network == "" {
 		return nil, nil, errors.Join(first, errors.New("no way to reach QMP"))
+	}
+	if socket != nil {
+		// QEMU serves one connection per monitor: ours must be gone first.
+		socket.Close()
 	}
 	client, err := qmp.Dial(ctx, endpoint)
 	if err != nil {

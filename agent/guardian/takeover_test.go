@@ -14,6 +14,7 @@ import (
 
 	"github.com/ckagent/ckagent/agent/cgroup"
 	"github.com/ckagent/ckagent/agent/problem"
+	"github.com/ckagent/ckagent/agent/qmp"
 	"github.com/ckagent/ckagent/agent/vm"
 )
 
@@ -301,6 +302,58 @@ func TestGuardianHarmed(t *testing.T) {
 		}
 		q.clean()
 	})
+}
+
+// TestAgentGivesUp: an agent that cannot resume a VM because QEMU does not answer
+// ends its guardian in order; the VM runs as soon as QEMU is back all the same.
+func TestAgentGivesUp(t *testing.T) {
+	q := startQEMU(t)
+	p, err := vm.OpenProcess(q.pid)
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer p.Close()
+	c, f, err := CreateControl()
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer f.Close()
+	defer c.Close()
+	ep, err := qmp.ParseEndpoint(q.agent)
+	if err != nil {
+		t.Fatal(err)
+	}
+	g, err := Start(t.Context(), Config{Control: f, QEMU: p, Endpoint: ep, Stderr: os.Stderr})
+	if err != nil {
+		t.Fatal(err)
+	}
+	c.BeatAgent()
+	c.Engaged.Store(1)
+	c.Running.Store(1)
+	c.Stopped.Store(1)
+	if err := q.manager.Execute(t.Context(), "stop", nil, nil); err != nil {
+		t.Fatal(err)
+	}
+	if err := unix.Kill(q.pid, unix.SIGSTOP); err != nil { // it hangs
+		t.Fatal(err)
+	}
+	err = g.Stop(t.Context())
+	if err == nil {
+		t.Error("Stop does not say that the VM was left stopped")
+	}
+	gone := waitExitOf(t, g.PID(), 2500*time.Millisecond)
+	if err := unix.Kill(q.pid, unix.SIGCONT); err != nil {
+		t.Fatal(err)
+	}
+	if gone {
+		t.Fatal("the guardian ended while the VM was stopped")
+	}
+	q.waitTicks(15 * time.Second)
+	<-g.Done()
+	if r := q.report(); !r.Resumed || r.AgentEnded {
+		t.Errorf("report: %+v", r)
+	}
+	q.clean()
 }
 
 // TestRelease: agent and guardian die together; a third puts the VM right.

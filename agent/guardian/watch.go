@@ -8,6 +8,7 @@ type observation struct {
 	agentDead, serverDead, qemuDead   bool
 	engaged, stopped, sigStopped      bool
 	quit                              bool
+	left                              bool // stopped by us and not known to run again
 	agentBeat, serverBeat, ownLastRun int64
 }
 
@@ -38,6 +39,8 @@ func watch(o observation, l limits) (order, string) {
 	switch {
 	case o.qemuDead:
 		return exitNow, "QEMU ended"
+	case o.quit && o.left:
+		return takeOver, "the agent could not resume the VM"
 	case o.quit:
 		return exitNow, "asked to"
 	case o.agentDead && held:
