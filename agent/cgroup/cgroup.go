@@ -23,10 +23,11 @@ func (g Group) String() string { return strings.Join(g.dirs, " ") }
 // Apart reports whether any hierarchy took the process.
 func (g Group) Apart() bool { return len(g.dirs) > 0 }
 
-// hierarchy is where one kind of control groups is mounted.
+// Hierarchy is where one kind of control groups is mounted.
 type Hierarchy struct {
 	Mount   string
 	Freezer bool // the old freezer
+	CPU     bool // the old cpu controller
 }
 
 // Hierarchies lists the mounts concerned.
@@ -55,8 +56,8 @@ func parseMount(line string) (Hierarchy, bool) {
 	case "cgroup":
 		for opt := range strings.SplitSeq(w[3], ",") {
 			switch opt {
-			case "freezer", "cpu", "memory", "pids", "name=systemd":
-				return Hierarchy{w[1], opt == "freezer"}, true
+			case "freezer", "cpu", "name=systemd":
+				return Hierarchy{w[1], opt == "freezer", opt == "cpu"}, true
 			}
 		}
 	}
@@ -69,6 +70,12 @@ func Join(name string) Group { return Move(os.Getpid(), name) }
 // Move moves a process into groups of this name.
 func Move(pid int, name string) (g Group) {
 	for _, h := range Hierarchies() {
+		if h.CPU {
+			// The root group has no quota, and unlike a new group a share of
+			// real-time, which threads that serve faults ask for.
+			put(pid, h.Mount)
+			continue
+		}
 		dir := filepath.Join(h.Mount, Parent, name)
 		if !makeAndPut(pid, dir) {
 			_ = os.Remove(dir)

@@ -10,9 +10,9 @@ import (
 
 func TestParseMount(t *testing.T) {
 	for line, want := range map[string]Hierarchy{
-		"cgroup2 /sys/fs/cgroup/unified cgroup2 rw 0 0":              {"/sys/fs/cgroup/unified", false},
-		"cgroup /sys/fs/cgroup/freezer cgroup rw,relatime,freezer 0": {"/sys/fs/cgroup/freezer", true},
-		"cgroup /c cgroup rw,cpu,cpuacct 0 0":                        {"/c", false},
+		"cgroup2 /sys/fs/cgroup/unified cgroup2 rw 0 0":              {"/sys/fs/cgroup/unified", false, false},
+		"cgroup /sys/fs/cgroup/freezer cgroup rw,relatime,freezer 0": {"/sys/fs/cgroup/freezer", true, false},
+		"cgroup /c cgroup rw,cpu,cpuacct 0 0":                        {"/c", false, true},
 	} {
 		if got, ok := parseMount(line); !ok || got != want {
 			t.Errorf("%q: %+v, %v", line, got, ok)
