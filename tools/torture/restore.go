@@ -68,16 +68,14 @@ func RestoreRounds(rng *rand.Rand, n int) (rounds []Round) {
 
 // SmallRestoreRounds are those that every change should pass.
 func SmallRestoreRounds() (rounds []Round) {
-	for _, p := range restorePairs {
-		for _, a := range p.a {
-			if p.v == QEMU {
-				continue
-			}
-			rounds = append(rounds, Round{Kind: "restore", Victim: p.v, Action: a, Mode: "lazy",
-				Step: "log restore phase=running", Delay: 100 * time.Millisecond})
-		}
+	add := func(v Victim, a Action, phase string, after time.Duration) {
+		rounds = append(rounds, Round{Kind: "restore", Victim: v, Action: a, Mode: "lazy", Step: "log restore phase=" + phase, Delay: after})
 	}
-	return append(rounds, Round{Kind: "restore", Victim: Restorer, Action: Kill, Mode: "lazy", Step: "log restore phase=armed"})
+	add(Pager, Kill, "running", 100*time.Millisecond)
+	add(Pager, Stop, "running", 100*time.Millisecond)
+	add(Pagers, Kill, "running", 100*time.Millisecond)
+	add(Restorer, Kill, "armed", 0)
+	return rounds
 }
 
 // restored is a restore under way.

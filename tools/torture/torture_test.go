@@ -6,6 +6,7 @@ import (
 	"os"
 	"os/exec"
 	"path/filepath"
+	"strings"
 	"testing"
 	"time"
 )
@@ -70,5 +71,57 @@ func TestKillMatrix(t *testing.T) {
 	}
 	if c.Done() < len(SmallRounds()) {
 		t.Errorf("only %d rounds", c.Done())
+	}
+}
+
+// TestRestores harms lazy restores, one round per kind.
+func TestRestores(t *testing.T) {
+	c, _ := campaign(t)
+	c.Record = func(o Outcome) {
+		if len(o.Exceptions) > 0 {
+			t.Errorf("%s: %v\n%s", o.Round, o.Exceptions, o.Log)
+		}
+	}
+	ctx, cancel := context.WithTimeout(t.Context(), 3*time.Minute)
+	defer cancel()
+	if err := c.Restores(ctx, SmallRestoreRounds()); err != nil {
+		t.Fatal(err)
+	}
+	if c.Done() < len(SmallRestoreRounds()) {
+		t.Errorf("only %d rounds", c.Done())
+	}
+}
+
+// TestReportSums: what was recorded is what is reported, exceptions first of all.
+func TestReportSums(t *testing.T) {
+	path := filepath.Join(t.TempDir(), "results")
+	rec, err := NewRecorder(path)
+	if err != nil {
+		t.Fatal(err)
+	}
+	for _, o := range []Outcome{
+		{Round: Round{Kind: "pause", Victim: Agent, Action: Kill, Mode: "cow"}, Size: "256 MiB", Acted: true, InPause: true, Silence: 300 * time.Millisecond},
+		{Round: Round{Kind: "random", Victim: Agent, Action: Kill, Mode: "cow"}, Size: "256 MiB", Acted: true, Silence: 100 * time.Millisecond, Exceptions: []string{"something is left"}},
+		{Round: Round{Kind: "random", Victim: Agent, Action: Stop, Mode: "cow"}, Size: "256 MiB"},
+		{Round: Round{Kind: "step", Victim: Guardian, Action: Kill, Mode: "cow", Step: "event STOP"}, Size: "8 GiB", Acted: true},
+	} {
+		if err := rec.Record(o); err != nil {
+			t.Fatal(err)
+		}
+	}
+	if err := rec.Close(); err != nil {
+		t.Fatal(err)
+	}
+	text, err := Report(path)
+	if err != nil {
+		t.Fatal(err)
+	}
+	for _, want := range []string{
+		"**3 rounds with harm, 1 of them between STOP and RESUME; 2 at random instants, 1 of those between STOP and RESUME. Exceptions: 1.**",
+		"1 instants did not come", "| agent, SIGKILL | 2 | 1 | 1 | 300 ms | 300 ms |", "something is left", "8 GiB, bound 1.24s",
+	} {
+		if !strings.Contains(text, want) {
+			t.Errorf("the report lacks %q:\n%s", want, text)
+		}
 	}
 }

@@ -28,9 +28,7 @@ func Mount(path, dir string) (*Mounted, error) {
 	}
 	second := time.Second
 	g := newGate(fs.NewNodeFS(root, &fs.Options{EntryTimeout: &second, AttrTimeout: &second}))
-	// A stacking depth that no kernel takes: files must not be passed through, or
-	// the kernel would read and write the lower ones without asking us.
-	server, err := fuse.NewServer(g, path, &fuse.MountOptions{FsName: "hangfs", Name: "hangfs", DirectMountStrict: true, MaxStackDepth: 99})
+	server, err := fuse.NewServer(g, path, &fuse.MountOptions{FsName: "hangfs", Name: "hangfs", DirectMountStrict: true})
 	if err != nil {
 		return nil, fmt.Errorf("mount hangfs on %s: %w", path, err)
 	}
