@@ -32,6 +32,7 @@ type pause struct {
 	state            *os.File // memfd with the device state
 	fdset            int
 	object           string
+	running          bool // the VM ran when this was prepared
 }
 
 // Timing is what a pause took.
@@ -90,6 +91,13 @@ func newPause(ctx context.Context, q *qmp.Client, object string, j journal) (p *
 		return p, err
 	}
 	p.events = q.Subscribe(64, "STOP", "RESUME")
+	var status struct {
+		Running bool `json:"running"`
+	}
+	if err := q.Execute(ctx, "query-status", nil, &status); err != nil {
+		return p, err
+	}
+	p.running = status.Running
 	return p, nil
 }
 
@@ -126,7 +134,11 @@ func (p *pause) run(ctx context.Context, inside func(context.Context) error) (tm
 	defer cancel()
 	begin := time.Now()
 	tm.At = begin.UTC()
-	p.journal.Stopping()
+	if p.running {
+		// Not otherwise: who ends the pause for us must not resume a VM that
+		// somebody else had paused.
+		p.journal.Stopping()
+	}
 	calls, err := p.q.Send(p.stop, p.save)
 	if err != nil {
 		// Part of it may be on the wire: resume says whether there is anything
@@ -142,6 +154,9 @@ func (p *pause) run(ctx context.Context, inside func(context.Context) error) (tm
 	// stopped it, and it is not ours to resume.
 	stopEvent, ours := p.event("STOP")
 	if tm.WasRunning = ours; ours {
+		if !p.running { // resumed by somebody since
+			p.journal.Stopping()
+		}
 		// The two replies often arrive in one read, so the event's own time tells
 		// when the machine stood still.
 		stopped = begin.Add(stopEvent.Timestamp.Sub(begin))
