@@ -248,7 +248,11 @@ func (s *session) capture(ctx context.Context) (hot image.HotRuns, err error) {
 		inside = func(ctx context.Context) error { return buf.fill(ctx, s.src) }
 		after = func(ctx context.Context) error { return buf.write(ctx, s.writer) }
 	default:
-		inside = func(ctx context.Context) error { return writeDirect(ctx, s.src, s.writer) }
+		d := &direct{}
+		defer d.join()
+		inside = func(ctx context.Context) error {
+			return d.run(ctx, storeStall, func(ctx context.Context) error { return d.write(ctx, s.src, s.writer) })
+		}
 		after = func(context.Context) error { return nil }
 	}
 	if _, err := s.target.FlushDisks(ctx); err != nil {
