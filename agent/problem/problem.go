@@ -91,5 +91,8 @@ func ExitCode(err error) int {
 	if err == nil {
 		return 0
 	}
-	return exitCodes[CodeOf(err)]
+	if code, ok := exitCodes[CodeOf(err)]; ok {
+		return code
+	}
+	return exitCodes[Failed] // a code read from a file may be anything; an error is never 0
 }
