@@ -18,20 +18,21 @@ type cow struct {
 	d   *drainer
 }
 
-// startCOW starts the fault server. Nothing is armed yet.
-func startCOW(ctx context.Context, s *session, control *os.File) (*cow, error) {
-	// One fault thread per vCPU up to two: more do not serve one queue faster.
-	faults := min(2, max(1, len(s.target.VCPUs)), runtime.NumCPU())
+// startCOW starts the fault server; prearm waits until it is ready.
+func startCOW(s *session, control *os.File) (*cow, error) {
+	// Every fault wakes all fault threads. A second one pays only where there are
+	// processors to spare.
+	faults := max(1, min(2, len(s.target.VCPUs), runtime.NumCPU()/4))
 	scans := max(1, min(4, runtime.NumCPU()/2))
 	pages := int(s.o.ArenaBytes / source.PageBytes)
 	var vcpus []int
 	for _, c := range s.target.VCPUs {
 		vcpus = append(vcpus, c.TID)
 	}
-	srv, err := faultserver.New(ctx, faultserver.Start{
+	srv, err := faultserver.New(faultserver.Start{
 		Self: s.o.Helper[0], Args: append(s.o.Helper[1:len(s.o.Helper):len(s.o.Helper)], FaultServerVerb),
 		Control:        control,
-		FaultRingPages: pages / 2 / faults, ScanRingPages: pages / 2 / scans,
+		FaultRingPages: pages * 2 / 3 / faults, ScanRingPages: pages / 3 / scans,
 		Config: faultserver.Config{
 			QEMUPID: s.target.Process.PID, VCPUs: vcpus, Blocks: s.blocks,
 			FaultThreads: faults, ScanThreads: scans,
@@ -54,6 +55,9 @@ const (
 
 // prearm takes the userfaultfd and arms RAM while the guest runs.
 func (c *cow) prearm(ctx context.Context, s *session) error {
+	if err := c.srv.Ready(ctx); err != nil {
+		return s.captureError("start the fault server", err)
+	}
 	if err := c.srv.Prearm(ctx); err != nil {
 		return s.captureError("arm RAM", err)
 	}

@@ -35,7 +35,7 @@ type Options struct {
 	// MaxStall bounds how long a vCPU may wait for us. Default 100 ms.
 	MaxStall time.Duration
 	// ArenaBytes bounds the memory for pages on their way to the store in mode
-	// cow. Default 160 MiB.
+	// cow. Default 96 MiB.
 	ArenaBytes uint64
 	// BufferBytes bounds the memory of mode buffer. Default: half of what is available.
 	BufferBytes uint64
@@ -59,7 +59,7 @@ type Event struct {
 
 const (
 	defaultMaxStall = 100 * time.Millisecond
-	defaultArena    = 160 << 20
+	defaultArena    = 96 << 20
 	minArena        = 16 << 20
 	maxArena        = 224 << 20 // the fault server stays below 256 MiB
 )

@@ -44,7 +44,7 @@ func startWatch(ctx context.Context, s *session) (w *watch, err error) {
 	}
 	serverPID := 0
 	if s.mode == COW {
-		if w.cow, err = startCOW(ctx, s, w.page); err != nil {
+		if w.cow, err = startCOW(s, w.page); err != nil {
 			return w, err
 		}
 		serverPID = w.cow.srv.PID()

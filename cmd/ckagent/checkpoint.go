@@ -1,6 +1,7 @@
 package main
 
 import (
+	"context"
 	"errors"
 	"fmt"
 	"strconv"
@@ -38,7 +39,7 @@ func (f *captureFlags) add(c *cobra.Command) {
 	fl.IntVar(&f.keepLast, "keep-last", 4, "delete the VM's checkpoints beyond this many (0: keep all)")
 	fl.Var(&f.minFree, "min-free", "space to leave free in the store")
 	fl.DurationVar(&f.maxStall, "max-stall", 100*time.Millisecond, "longest time a vCPU may wait for us")
-	fl.Var(&f.captureMem, "capture-memory", "memory for pages on their way to the store in mode cow (default 160M)")
+	fl.Var(&f.captureMem, "capture-memory", "memory for pages on their way to the store in mode cow (default 96M)")
 	fl.Var(&f.bufferMem, "buffer-memory", "limit of mode buffer (default: half of the available memory)")
 }
 
@@ -96,7 +97,9 @@ func runCheckpoint(c *cobra.Command, a *app, f *captureFlags, arg string) (err e
 		return err
 	}
 	if f.keepLast > 0 {
-		if _, err := st.ApplyRetention(ctx, v.Name, f.keepLast); err != nil {
+		// An interrupt comes too late now: the checkpoint is there, and one more
+		// than asked for must not stay.
+		if _, err := st.ApplyRetention(context.WithoutCancel(ctx), v.Name, f.keepLast); err != nil {
 			return err
 		}
 	}

@@ -32,6 +32,7 @@ type Start struct {
 // goroutine at a time.
 type Client struct {
 	cmd   *exec.Cmd
+	cfg   Config
 	conn  *net.UnixConn
 	arena *arena.Arena
 	buf   []byte
@@ -42,8 +43,8 @@ type Client struct {
 // startPatience is for a server to be ready: it makes its arena present first.
 const startPatience = 15 * time.Second
 
-// New starts a fault server and waits until it is ready to arm.
-func New(ctx context.Context, o Start) (*Client, error) {
+// New starts a fault server. Ready must be called next.
+func New(o Start) (*Client, error) {
 	if err := o.Config.validate(); err != nil {
 		return nil, err
 	}
@@ -66,6 +67,7 @@ func New(ctx context.Context, o Start) (*Client, error) {
 	}
 	defer peer.Close()
 
+	c.cfg = o.Config
 	c.cmd = exec.Command(o.Self, o.Args...)
 	c.cmd.ExtraFiles = []*os.File{peer, arenaFile, o.Control}
 	c.cmd.Stderr = os.Stderr
@@ -79,13 +81,22 @@ func New(ctx context.Context, o Start) (*Client, error) {
 	peer.Close() // or the end of the server would not end our reads
 	// Apart from the agent: who freezes or starves that must not hold the guest.
 	cgroup.Move(c.PID(), c.group())
-	// Nobody watches it yet: one that hangs here would hang us as well.
-	starting, cancel := context.WithTimeout(ctx, startPatience)
-	defer cancel()
-	if err := c.configure(starting, o.Config); err != nil {
-		return nil, errors.Join(err, c.Close())
-	}
 	return c, nil
+}
+
+// Ready configures the server and waits until it is ready to arm.
+func (c *Client) Ready(ctx context.Context) error {
+	// Nobody may be watching it: one that hangs here would hang us as well.
+	ctx, cancel := context.WithTimeout(ctx, startPatience)
+	defer cancel()
+	b, err := json.Marshal(c.cfg)
+	if err != nil {
+		return err
+	}
+	if _, err := c.conn.Write(b); err != nil {
+		return fmt.Errorf("configure the fault server: %w", err)
+	}
+	return c.receive(ctx)
 }
 
 func (c *Client) socketPair() (peer *os.File, err error) {
@@ -104,17 +115,6 @@ func (c *Client) socketPair() (peer *os.File, err error) {
 	return peer, nil
 }
 
-func (c *Client) configure(ctx context.Context, cfg Config) error {
-	b, err := json.Marshal(cfg)
-	if err != nil {
-		return err
-	}
-	if _, err := c.conn.Write(b); err != nil {
-		return fmt.Errorf("configure the fault server: %w", err)
-	}
-	return c.receive(ctx)
-}
-
 func (c *Client) group() string { return fmt.Sprintf("faultserver-%d", c.PID()) }
 
 // PID is the fault server's process id.
@@ -128,6 +128,10 @@ func (c *Client) Stats() Stats { return c.stats }
 
 // Prearm takes a userfaultfd from QEMU and arms all of RAM while the guest runs.
 func (c *Client) Prearm(ctx context.Context) error { return c.call(ctx, opPrearm) }
+
+// Rearm arms again what the guest has written since, so that little is left for
+// Freeze. It is best called right before the guest is stopped.
+func (c *Client) Rearm(ctx context.Context) error { return c.call(ctx, opRearm) }
 
 // Freeze makes RAM as it is now the checkpoint's. The guest is stopped.
 func (c *Client) Freeze(ctx context.Context) error { return c.call(ctx, opFreeze) }

@@ -34,6 +34,7 @@ type faultThread struct {
 // thread that is left there touches nothing.
 func (t *faultThread) run() {
 	runtime.LockOSThread()
+	realtime()
 	var msgs [16]uffd.Msg
 	for {
 		n, errno := t.s.h.ReadRaw(msgs[:])

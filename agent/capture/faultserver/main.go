@@ -9,7 +9,6 @@ import (
 	"os"
 	"runtime"
 	"runtime/debug"
-	"sync"
 	"time"
 
 	"golang.org/x/sys/unix"
@@ -28,9 +27,6 @@ const (
 	maxDatagram = 1 << 20
 	beatEvery   = 20 * time.Millisecond
 	serverNice  = -10
-	// memoryLimit makes the collector run after all, should set-up ever need
-	// more than planned.
-	memoryLimit = 192 << 20
 )
 
 // Deps are what the process needs from packages above this one.
@@ -44,9 +40,12 @@ type Deps struct {
 
 // Main is the process. It ends when its capture is over, the agent closes the
 // socket or dies.
-func Main(d Deps) error {
+func Main(d Deps) (err error) {
+	// A thread inside a bare system call holds its P and cannot be stopped, so the
+	// world is never to be stopped from here on: no collection, and enough Ps for
+	// all threads from the beginning.
 	debug.SetGCPercent(-1)
-	debug.SetMemoryLimit(memoryLimit)
+	runtime.GOMAXPROCS(maxThreads + maxThreads + 8)
 	// Where locking is not allowed the server still works, less predictably.
 	_ = unix.Mlockall(unix.MCL_CURRENT | unix.MCL_FUTURE | unix.MCL_ONFAULT)
 	// The guest waits for these threads, and the guardian for their heartbeat: on
@@ -63,14 +62,21 @@ func Main(d Deps) error {
 	if err != nil {
 		return err
 	}
-	beat()
+	hb, err := startHeartbeat(beat)
+	if err != nil {
+		return err
+	}
+	defer func() { err = errors.Join(err, hb.close()) }()
 	a, err := arena.Open(os.NewFile(arenaFD, "arena"))
 	if err != nil {
 		return err
 	}
-	if err := a.Populate(); err != nil {
-		return err
-	}
+	// Behind everybody's back: it takes a tenth of a second, and is over long
+	// before the first page is captured. A page that is not there yet costs the
+	// thread that comes first a microsecond.
+	populated := make(chan error, 1)
+	go func() { populated <- a.Populate() }()
+	defer func() { err = errors.Join(err, <-populated) }()
 	var cfg Config
 	buf := make([]byte, maxDatagram)
 	n, err := conn.Read(buf)
@@ -80,9 +86,6 @@ func Main(d Deps) error {
 	if err := json.Unmarshal(buf[:n], &cfg); err != nil {
 		return fmt.Errorf("fault server: configuration: %w", err)
 	}
-	// A thread that is inside a bare system call holds its P; there must be
-	// others left for the command loop and the heartbeat.
-	runtime.GOMAXPROCS(cfg.FaultThreads + cfg.ScanThreads + 4)
 	s, err := newServer(cfg, a)
 	if err != nil {
 		return errors.Join(err, send(conn, nil, err))
@@ -90,7 +93,7 @@ func Main(d Deps) error {
 	if err := send(conn, s, nil); err != nil {
 		return err
 	}
-	loop := &commandLoop{s: s, conn: conn, take: d.Take, beat: beat}
+	loop := &commandLoop{s: s, conn: conn, take: d.Take}
 	return errors.Join(loop.run(), s.close())
 }
 
@@ -113,33 +116,11 @@ type commandLoop struct {
 	s    *server
 	conn *net.UnixConn
 	take func(pid int, vcpus []int) (*os.File, error)
-	beat func()
-}
-
-// beating leaves our sign of life until stop is closed. It is not the command
-// loop's business: taking the userfaultfd and arming a large guest take that loop
-// longer than the guardian waits for a beat.
-func (l *commandLoop) beating(stop <-chan struct{}) {
-	tick := time.NewTicker(beatEvery)
-	defer tick.Stop()
-	for {
-		select {
-		case <-tick.C:
-			l.beat()
-		case <-stop:
-			return
-		}
-	}
 }
 
 // run serves commands until the capture is over. Whatever happens, nothing is
 // armed when it returns.
 func (l *commandLoop) run() error {
-	var beats sync.WaitGroup
-	stop := make(chan struct{})
-	beats.Go(func() { l.beating(stop) })
-	defer beats.Wait()
-	defer close(stop)
 	requests := make(chan op)
 	done := make(chan struct{})
 	readErr := make(chan error, 1)
@@ -204,6 +185,8 @@ func (l *commandLoop) serve(requests <-chan op) error {
 			switch {
 			case o == opPrearm && phase(l.s.phase.Load()) == idle:
 				err = l.s.prearm(func() (*os.File, error) { return l.take(l.s.cfg.QEMUPID, l.s.cfg.VCPUs) })
+			case o == opRearm && phase(l.s.phase.Load()) == tracking:
+				err = l.s.shrink()
 			case o == opFreeze && phase(l.s.phase.Load()) == tracking:
 				err = l.s.freeze()
 			case o == opScan && phase(l.s.phase.Load()) == capturing && complete == nil:

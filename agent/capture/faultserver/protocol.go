@@ -22,14 +22,16 @@ type Config struct {
 	Collapse     time.Duration  `json:"collapse_ns"`   // time to spend on making split huge pages whole again
 }
 
+const maxThreads = 16 // of each kind
+
 func (c *Config) validate() error {
 	switch {
 	case c.QEMUPID <= 0:
 		return fmt.Errorf("fault server: QEMU pid %d", c.QEMUPID)
 	case len(c.Blocks) == 0 || len(c.Blocks) > 1024:
 		return fmt.Errorf("fault server: %d blocks", len(c.Blocks))
-	case c.FaultThreads < 1 || c.FaultThreads > 16 || c.ScanThreads < 1 || c.ScanThreads > 16:
-		return fmt.Errorf("fault server: %d fault threads, %d scan threads: want 1 to 16 each", c.FaultThreads, c.ScanThreads)
+	case c.FaultThreads < 1 || c.FaultThreads > maxThreads || c.ScanThreads < 1 || c.ScanThreads > maxThreads:
+		return fmt.Errorf("fault server: %d fault threads, %d scan threads: want 1 to %d each", c.FaultThreads, c.ScanThreads, maxThreads)
 	case c.FaultAround < 1 || c.FaultAround > wordPages || c.FaultAround&(c.FaultAround-1) != 0:
 		return fmt.Errorf("fault server: fault-around of %d pages: want a power of two up to %d", c.FaultAround, wordPages)
 	case c.MaxStall <= 0:
@@ -43,6 +45,7 @@ type op string
 
 const (
 	opPrearm op = "prearm" // arm everything while the guest runs
+	opRearm  op = "rearm"  // arm again what was written since, guest still running
 	opFreeze op = "freeze" // the guest is stopped, its device state saved
 	opScan   op = "scan"   // start the background scan; the reply comes when all is released
 	opAbort  op = "abort"  // let go; also what the end of the socket means
@@ -113,7 +116,7 @@ func decodeRequest(b []byte) (op, error) {
 		return "", fmt.Errorf("fault server: request: %w", err)
 	}
 	switch r.Op {
-	case opPrearm, opFreeze, opScan, opAbort:
+	case opPrearm, opRearm, opFreeze, opScan, opAbort:
 		return r.Op, nil
 	}
 	return "", fmt.Errorf("fault server: unknown request %q", r.Op)

@@ -163,6 +163,14 @@ func (s *server) prearm(take func() (*os.File, error)) error {
 			return &Error{Failure: Broken, Detail: err.Error()}
 		}
 	}
+	err = s.shrink()
+	s.stats.PrearmNS = time.Since(begin).Nanoseconds()
+	return err
+}
+
+// shrink re-arms what was written, while the guest runs, until a pass finds
+// little.
+func (s *server) shrink() error {
 	for range prearmPasses {
 		runs, err := s.rearm()
 		if err != nil {
@@ -173,7 +181,6 @@ func (s *server) prearm(take func() (*os.File, error)) error {
 			break
 		}
 	}
-	s.stats.PrearmNS = time.Since(begin).Nanoseconds()
 	return s.failedWith()
 }
 

@@ -163,9 +163,12 @@ func startServer(t *testing.T, g *target, change func(*Start)) *Client {
 	if change != nil {
 		change(&o)
 	}
-	c, err := New(t.Context(), o)
+	c, err := New(o)
 	if err != nil {
 		t.Fatal(err)
+	}
+	if err := c.Ready(t.Context()); err != nil {
+		t.Fatal(errors.Join(err, c.Close()))
 	}
 	return c
 }
