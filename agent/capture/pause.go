@@ -9,9 +9,9 @@ import (
 
 	"golang.org/x/sys/unix"
 
-	"github.com/ckagent/ckagent/agent/guardian"
 	"github.com/ckagent/ckagent/agent/problem"
 	"github.com/ckagent/ckagent/agent/qmp"
+	"github.com/ckagent/ckagent/agent/vm"
 )
 
 // journal is where the pause is written down before it happens, so that somebody
@@ -30,7 +30,8 @@ type pause struct {
 	events           *qmp.Subscription
 	journal          journal
 	state            *os.File // memfd with the device state
-	fdset            int
+	fdset            int      // that lends QEMU the state, -1: none
+	named            bool     // it is lent by name
 	object           string
 	running          bool // the VM ran when this was prepared
 }
@@ -52,7 +53,7 @@ const (
 )
 
 // newPause prepares. The caller closes it.
-func newPause(ctx context.Context, q *qmp.Client, object string, j journal) (p *pause, err error) {
+func newPause(ctx context.Context, q *qmp.Client, proc *vm.Process, object string, j journal) (p *pause, err error) {
 	p = &pause{q: q, journal: j, fdset: -1, object: object}
 	defer func() {
 		if err != nil {
@@ -64,20 +65,10 @@ func newPause(ctx context.Context, q *qmp.Client, object string, j journal) (p *
 		return p, fmt.Errorf("memory for the device state: %w", err)
 	}
 	p.state = os.NewFile(uintptr(fd), "device state")
-	// QEMU takes a descriptor of a set only if it was opened exactly as it would
-	// open the file itself: write only.
-	w, err := os.OpenFile(fmt.Sprintf("/proc/self/fd/%d", fd), os.O_WRONLY, 0)
+	name, err := p.lend(ctx, proc)
 	if err != nil {
-		return p, fmt.Errorf("reopen the device state's memory: %w", err)
-	}
-	defer w.Close()
-	var set struct {
-		ID int `json:"fdset-id"`
-	}
-	if err := q.ExecuteFD(ctx, "add-fd", map[string]string{"opaque": guardian.FdsetOpaque}, &set, w); err != nil {
 		return p, err
 	}
-	p.fdset = set.ID
 	if p.stop, err = qmp.Encode("stop", nil); err != nil {
 		return p, err
 	}
@@ -86,7 +77,7 @@ func newPause(ctx context.Context, q *qmp.Client, object string, j journal) (p *
 	}
 	// live:false, or the image locks would be dropped.
 	p.save, err = qmp.Encode("xen-save-devices-state",
-		map[string]any{"filename": fmt.Sprintf("/dev/fdset/%d", set.ID), "live": false})
+		map[string]any{"filename": name, "live": false})
 	if err != nil {
 		return p, err
 	}
@@ -106,15 +97,7 @@ func (p *pause) close(ctx context.Context) error {
 	if p.events != nil {
 		p.events.Close()
 	}
-	if p.fdset >= 0 {
-		ctx, cancel := context.WithTimeout(context.WithoutCancel(ctx), resumeTimeout)
-		defer cancel()
-		err := p.q.Execute(ctx, "remove-fd", map[string]int{"fdset-id": p.fdset}, nil)
-		// The set vanishes by itself once the state was written to it.
-		if _, refused := errors.AsType[*qmp.Error](err); err != nil && !refused {
-			errs = append(errs, err)
-		}
-	}
+	errs = append(errs, p.takeBack(ctx))
 	if p.state != nil {
 		errs = append(errs, p.state.Close())
 	}

@@ -65,6 +65,7 @@ func Take(ctx context.Context, sub Subject, st *store.Store, o Options) (*Result
 	}
 	res := &Result{PID: sub.Target.Process.PID, Reason: why}
 	for modes := attempts(mode, o.Mode); ; modes = modes[1:] {
+		res.Capture, res.Timing = faultserver.Stats{}, Timing{} // of this attempt alone
 		s := &session{sub: sub, target: sub.Target, o: o, mode: modes[0], store: st, res: res,
 			object: fmt.Sprintf("VM %s (pid %d)", sub.Name, sub.Target.Process.PID)}
 		if err = s.take(ctx); err == nil {
@@ -119,6 +120,23 @@ type session struct {
 	src    *source.Source
 	blocks []source.Block
 	writer *image.Writer
+
+	migration vm.Migration // as it was before anything was done
+}
+
+// unmigrated lets go (problem.Busy) if somebody has started a migration or a
+// snapshot: it uses the same machinery in QEMU, and moves the machine's state away
+// while we look at it. One that came and went counts as well.
+func (s *session) unmigrated(ctx context.Context) error {
+	now, err := s.target.Migration(ctx)
+	if err != nil {
+		return problem.New(problem.CodeOf(err), "checkpoint", s.object, "%w", err)
+	}
+	if now.Idle() && now == s.migration {
+		return nil
+	}
+	return problem.New(problem.Busy, "checkpoint", s.object, "somebody migrates the VM (%s)", now.Status).
+		WithHint("wait for the migration to end or cancel it, and take the checkpoint again")
 }
 
 // take runs one attempt from nothing to a committed checkpoint or to nothing.
@@ -140,6 +158,9 @@ func (s *session) take(ctx context.Context) (err error) {
 	}
 	if err := s.store.CheckSpace(need, s.o.MinFreeBytes); err != nil {
 		return err
+	}
+	if s.migration, err = s.target.Migration(ctx); err != nil {
+		return problem.New(problem.CodeOf(err), "checkpoint", s.object, "%w", err)
 	}
 	before, err := s.fingerprint(ctx)
 	if err != nil {
@@ -173,6 +194,9 @@ func (s *session) take(ctx context.Context) (err error) {
 	} else if after != before {
 		return problem.New(problem.Busy, "checkpoint", s.object, "the machine's devices or memory changed while it was taken").
 			WithHint("take it again")
+	}
+	if err := s.unmigrated(ctx); err != nil {
+		return err
 	}
 	s.o.tell("commit", 0, "making it durable")
 	finished = true
@@ -258,7 +282,7 @@ func (s *session) capture(ctx context.Context) (hot image.HotRuns, err error) {
 	if _, err := s.target.FlushDisks(ctx); err != nil {
 		return nil, err
 	}
-	p, err := newPause(ctx, s.target.QMP, s.object, w)
+	p, err := newPause(ctx, s.target.QMP, s.target.Process, s.object, w)
 	if err != nil {
 		return nil, err
 	}
@@ -270,6 +294,11 @@ func (s *session) capture(ctx context.Context) (hot image.HotRuns, err error) {
 		if err := w.cow.srv.Rearm(ctx); err != nil {
 			return nil, s.captureError("arm RAM", err)
 		}
+	}
+	// Late, so that hardly anything comes between this and the pause; what does is
+	// found before the checkpoint is committed.
+	if err := s.unmigrated(ctx); err != nil {
+		return nil, err
 	}
 	if s.res.Timing, err = p.run(ctx, inside); err != nil {
 		return nil, err

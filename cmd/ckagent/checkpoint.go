@@ -1,7 +1,6 @@
 package main
 
 import (
-	"context"
 	"errors"
 	"fmt"
 	"strconv"
@@ -97,10 +96,10 @@ func runCheckpoint(c *cobra.Command, a *app, f *captureFlags, arg string) (err e
 		return err
 	}
 	if f.keepLast > 0 {
-		// An interrupt comes too late now: the checkpoint is there, and one more
-		// than asked for must not stay.
-		if _, err := st.ApplyRetention(context.WithoutCancel(ctx), v.Name, f.keepLast); err != nil {
-			return err
+		// The checkpoint exists: that older ones could not be dropped is no reason
+		// to take it again.
+		if err := agent.Retain(ctx, st, v.Name, f.keepLast); err != nil {
+			a.log.Warn("older checkpoints are still there", "vm", v.Name, "error", err)
 		}
 	}
 	a.printCheckpoint(res)

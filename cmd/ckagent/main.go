@@ -36,9 +36,9 @@ func run(ctx context.Context, args []string, stdout, stderr io.Writer) int {
 	root.SetArgs(args)
 	root.SetOut(stdout)
 	root.SetErr(stderr)
-	err := root.ExecuteContext(ctx)
+	verb, err := root.ExecuteContextC(ctx)
 	if err != nil && ctx.Err() != nil {
-		err = problem.New(problem.Cancelled, "ckagent", "", "interrupted: %w", err)
+		err = interrupted(verb.Name(), err)
 	}
 	a.fail(err)
 	return problem.ExitCode(err)
@@ -106,7 +106,7 @@ func (a *app) fail(err error) {
 		return
 	}
 	if !a.json {
-		fmt.Fprintf(a.err, "ckagent: %v\n", err)
+		fmt.Fprintf(a.err, "ckagent: %s\n", oneLine(err.Error()))
 		return
 	}
 	type failure struct {
@@ -117,7 +117,7 @@ func (a *app) fail(err error) {
 		Hint      string       `json:"hint,omitempty"`
 		Retryable bool         `json:"retryable"`
 	}
-	f := failure{Code: problem.CodeOf(err), Op: "ckagent", Message: err.Error()}
+	f := failure{Code: problem.CodeOf(err), Op: "ckagent", Message: oneLine(err.Error())}
 	if p, ok := errors.AsType[*problem.Error](err); ok {
 		f.Op, f.Object, f.Hint, f.Retryable = p.Op, p.Object, p.Hint, p.Retryable
 	}

@@ -18,6 +18,10 @@ type faultThread struct {
 
 	mu sync.Mutex // held while messages are worked on; see freeze
 
+	// of the thread alone
+	began, ended time.Time // the last batch of messages
+	deadline     time.Time // by when room must be found for this one's
+
 	// guarded by mu
 	around    uint64 // pages to capture at the next fault, adapted to how the guest writes
 	lastEnd   uint64 // page after the last captured one
@@ -49,10 +53,21 @@ func (t *faultThread) run() {
 	}
 }
 
+// queued is how soon after a batch the next one is there if it was waiting.
+const queued = 20 * time.Microsecond
+
 func (t *faultThread) serve(msgs []uffd.Msg) {
 	begin := time.Now()
+	// What was queued when the last batch had been served came in while it was
+	// being served: the waiting of those threads counts from its beginning.
+	since := begin
+	if begin.Sub(t.ended) < queued {
+		since = t.began
+	}
+	t.began, t.deadline = begin, since.Add(t.s.cfg.MaxStall)
 	t.mu.Lock()
 	defer t.mu.Unlock()
+	defer func() { t.ended = time.Now() }()
 	for i := range msgs {
 		if msgs[i].Event != uffd.EventPagefault {
 			continue
@@ -159,9 +174,10 @@ func (t *faultThread) captureHuge(block int, tab *pageTable, page uint64) bool {
 	return n > 0 && t.captureRun(block, tab, first, n) && page < first+n
 }
 
-// captureRun captures claimed pages; it waits at most the stall budget for room.
+// captureRun captures claimed pages; it waits for room until the stall budget of
+// the thread that has waited longest is used up.
 func (t *faultThread) captureRun(block int, tab *pageTable, first, n uint64) bool {
-	data, ok := t.ring.Reserve(int(n), t.s.cfg.MaxStall)
+	data, ok := t.ring.Reserve(int(n), max(0, time.Until(t.deadline)))
 	if !ok {
 		t.s.fail(Stalled, "no room for a page the guest wants to write: the store took more than %v", t.s.cfg.MaxStall)
 		return false

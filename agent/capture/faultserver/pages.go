@@ -202,12 +202,3 @@ func (t *pageTable) around(page, n uint64) uint64 {
 	down := uint64(bits.LeadingZeros64(^(free << (63 - off)))) // ones from off downwards
 	return maskOf(off+1-down, up+down-1)
 }
-
-// captured counts the pages that are done.
-func (t *pageTable) captured() uint64 {
-	var n uint64
-	for w := range t.done {
-		n += uint64(bits.OnesCount64(atomic.LoadUint64(&t.done[w])))
-	}
-	return n
-}

@@ -15,6 +15,7 @@ import (
 const (
 	windowWords = 128 // bitmap words per window: 32 MiB, one look at the page map
 	reserveWait = 20 * time.Millisecond
+	finishWait  = 10 * time.Second
 	scanNice    = 5 // the guest's vCPUs and the fault threads come first
 )
 
@@ -256,7 +257,8 @@ func (c *scanner) done(n uint64) {
 // finishRings tells the agent that every ring has ended. All threads have.
 func (s *server) finishRings() error {
 	for i := range s.arena.Rings() {
-		if !s.arena.Ring(i).Finish(s.cfg.MaxStall) {
+		// Nothing is armed any more: nobody waits but the store's own pace.
+		if !s.arena.Ring(i).Finish(finishWait) {
 			return errors.New("no room for the end of a ring")
 		}
 	}
