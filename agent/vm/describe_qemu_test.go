@@ -83,7 +83,7 @@ func TestDescribeFollowsTheMachine(t *testing.T) {
 			img := truncated(t, dir, "ro.img", 1<<20)
 			tgt := openQEMU(t, b, "-S", "-M", "q35", "-m", "128,slots=4,maxmem=2G", "-smp", "1,maxcpus=2",
 				"-device", "pcie-root-port,id=rp0,slot=1", "-device", "pcie-root-port,id=rp1,slot=2", "-device", "pcie-root-port,id=rp2,slot=3",
-				"-device", "pcie-root-port,id=rp3,slot=4",
+				"-device", "pcie-root-port,id=rp3,slot=4", "-device", "pcie-root-port,id=rp4,slot=5",
 				"-netdev", "user,id=n0", "-device", "virtio-net-pci,netdev=n0,id=gone,bus=rp3",
 				"-netdev", "user,id=n9,net=10.9.0.0/24", "-netdev", "user,id=unused", "-chardev", "null,id=c0", "-chardev", "null,id=c1",
 				"-object", "rng-builtin,id=r0", "-object", "rng-builtin,id=r1",
@@ -97,7 +97,8 @@ func TestDescribeFollowsTheMachine(t *testing.T) {
 			execute(t, q, "blockdev-add", map[string]any{"driver": "raw", "node-name": "img", "read-only": true,
 				"file": map[string]any{"driver": "file", "filename": img, "read-only": true}})
 			execute(t, q, "device_add", map[string]any{"driver": "scsi-hd", "id": "hd1", "bus": "scsi1.0", "drive": "img"})
-			execute(t, q, "device_add", map[string]any{"driver": "virtio-rng-pci", "rng": "r0", "bus": "rp2"}) // no id
+			execute(t, q, "device_add", map[string]any{"driver": "virtio-rng-pci", "rng": "r0", "bus": "rp2"})  // no id
+			execute(t, q, "device_add", map[string]any{"driver": "virtio-rng-pci", "id": "late", "bus": "rp4"}) // makes its backend itself
 			execute(t, q, "chardev-add", map[string]any{"id": "c9", "backend": map[string]any{"type": "null", "data": map[string]any{}}})
 			execute(t, q, "object-del", map[string]any{"id": "r1"})
 			execute(t, q, "netdev_del", map[string]any{"id": "unused"})

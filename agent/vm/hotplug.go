@@ -194,6 +194,12 @@ func (d *describer) device(ctx context.Context, path, id, typ, bus string) error
 		if p.Default != nil && sameJSON(v, p.Default) || p.Default == nil && bytes.Equal(v, []byte(`""`)) {
 			continue
 		}
+		// A link to an object of the device's own, as the backend that virtio-rng
+		// makes itself when none is given: it comes with the device again.
+		var link string
+		if json.Unmarshal(v, &link) == nil && strings.HasPrefix(link, path+"/") {
+			continue
+		}
 		arg[p.Name] = v
 	}
 	// PCI: the slot is what keeps the guest's view; "legacy-addr" reads 03.0.
