@@ -128,7 +128,12 @@ func openAny(pid int) (*Process, error) {
 	}
 	p := &Process{PID: pid, pidfd: os.NewFile(uintptr(fd), "pidfd:"+strconv.Itoa(pid))}
 	if err := p.read(); err != nil {
+		alive := p.Alive()
 		p.Close()
+		if alive && errors.Is(err, errNoProgram) {
+			return nil, problem.New(problem.Refused, "open", object(pid), "not QEMU: %s is a kernel thread, which runs no program", p.Comm).
+				WithHint("give the pid of a qemu-system-x86_64 process; `pgrep -a qemu` lists them")
+		}
 		if errors.Is(err, os.ErrNotExist) || errors.Is(err, unix.ESRCH) {
 			return nil, problem.New(problem.NotFound, "open", object(pid), "the process went away: %w", err)
 		}
@@ -146,6 +151,10 @@ func openAny(pid int) (*Process, error) {
 	}
 	return p, nil
 }
+
+// errNoProgram: there is an entry in /proc but no executable behind it. The process
+// is exiting, or, if it is still alive after this was seen, a kernel thread.
+var errNoProgram = errors.New("no executable")
 
 // read fills the identity from /proc.
 func (p *Process) read() error {
@@ -171,7 +180,9 @@ func (p *Process) read() error {
 		return err
 	}
 	p.UID, p.GID, p.Groups, p.NoNewPrivs, p.Seccomp = s.uid, s.gid, s.groups, s.noNewPrivs, s.seccomp
-	if p.Exe, err = os.Readlink(dir + "/exe"); err != nil {
+	if p.Exe, err = os.Readlink(dir + "/exe"); errors.Is(err, os.ErrNotExist) {
+		return fmt.Errorf("%w: %w", errNoProgram, err)
+	} else if err != nil {
 		return err
 	}
 	if name, ok := strings.CutSuffix(p.Exe, " (deleted)"); ok {
