@@ -5,6 +5,7 @@ import (
 	"errors"
 	"time"
 
+	"github.com/ckagent/ckagent/agent/problem"
 	"github.com/ckagent/ckagent/agent/qmp"
 )
 
@@ -25,6 +26,24 @@ func (p *Process) Explain(err error) error {
 	}
 	if gone := p.Check(); gone != nil {
 		return errors.Join(gone, err)
+	}
+	if errors.Is(err, qmp.ErrLost) {
+		return lost(p, err)
+	}
+	return err
+}
+
+// lost says of a broken connection to a QEMU that lives what it was needed for and
+// what to do.
+func lost(p *Process, err error) error {
+	e, ok := errors.AsType[*problem.Error](err)
+	if !ok {
+		e = problem.New(problem.Failed, "talk to QEMU", p.String(), "%w", err)
+		err = e
+	}
+	if e.Hint == "" {
+		e.Hint = "the VM itself lives; try again, or name another monitor with --qmp"
+		e.Retryable = true
 	}
 	return err
 }
