@@ -68,8 +68,21 @@ func (v *VM) turn(ctx context.Context, st *store.Store, p Protection) error {
 	if err == nil {
 		p.Taken(res)
 		if p.KeepLast > 0 {
-			_, err = st.ApplyRetention(ctx, v.Name, p.KeepLast)
+			err = Retain(ctx, st, v.Name, p.KeepLast)
 		}
 	}
 	return errors.Join(err, v.Rest())
+}
+
+// retainTimeout is how long the store may keep us from ending.
+const retainTimeout = 30 * time.Second
+
+// Retain drops a VM's checkpoints beyond the count after a new one was taken. An
+// interrupt does not end it: coming between the two it would leave one more than
+// were asked for.
+func Retain(ctx context.Context, st *store.Store, name string, keepLast int) error {
+	ctx, cancel := context.WithTimeout(context.WithoutCancel(ctx), retainTimeout)
+	defer cancel()
+	_, err := st.ApplyRetention(ctx, name, keepLast)
+	return err
 }
