@@ -158,8 +158,12 @@ func resume(ctx context.Context, c *Control, qemuPidfd int, socket *os.File, end
 // FdsetOpaque marks the descriptor sets that a checkpoint makes in QEMU.
 const FdsetOpaque = "ckagent"
 
-// dropFdsets gives back the descriptor sets that a checkpoint could not: while
-// another monitor is connected QEMU keeps them.
+// FDName is the name of the descriptor by which a checkpoint of a machine that
+// stands still lends QEMU the memory for the device state.
+const FDName = "ckagent-device-state"
+
+// dropFdsets gives back the descriptors that a checkpoint could not: while another
+// monitor is connected QEMU keeps sets.
 func dropFdsets(ctx context.Context, m executor) error {
 	var sets []struct {
 		ID  int `json:"fdset-id"`
@@ -170,6 +174,8 @@ func dropFdsets(ctx context.Context, m executor) error {
 	if err := m.Execute(ctx, "query-fdsets", nil, &sets); err != nil {
 		return err
 	}
+	// QEMU refuses if there is none of this name, as nearly always.
+	_ = m.Execute(ctx, "closefd", map[string]string{"fdname": FDName}, nil)
 	var errs []error
 	for _, s := range sets {
 		if len(s.FDs) > 0 && s.FDs[0].Opaque == FdsetOpaque {
