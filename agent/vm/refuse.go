@@ -74,9 +74,6 @@ func (t *Target) refuseState(ctx context.Context) ([]Refusal, error) {
 	return []Refusal{{Code: "run-state", Object: s.State, Reason: why[0], Advice: why[1]}}, nil
 }
 
-// migrationIdle are the states of a migration that is not under way.
-var migrationIdle = map[string]bool{"": true, "none": true, "completed": true, "failed": true, "cancelled": true}
-
 func (t *Target) refuseMigration(ctx context.Context) ([]Refusal, error) {
 	var info struct {
 		Status  string   `json:"status"`
