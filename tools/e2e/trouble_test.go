@@ -69,8 +69,10 @@ func TestMonitorLost(t *testing.T) {
 				b.wantReached(t, 1)
 				if r.code == exitOK {
 					t.Errorf("want a failure: %s", r)
-				} else if _, err := failureOf(r); err != nil && !r.givenUp() {
+				} else if f, err := failureOf(r); err != nil && !r.givenUp() {
 					t.Errorf("%v: %s", err, r)
+				} else if err == nil && (f.Op == "ckagent" || f.Hint == "" || strings.Contains(f.Message, "\n")) {
+					t.Errorf("the failure does not say of what, or what to do: %+v", f)
 				} else if testing.Verbose() {
 					t.Logf("exit %d: %s", r.code, r.out)
 				}
@@ -229,8 +231,20 @@ func TestChangedMeanwhile(t *testing.T) {
 		if s := state(t, b.control); s != "paused" {
 			t.Errorf("the machine is %s", s)
 		}
-		wantUntouched(t, b.v.PID())
-		x.wantOnly(t, c.ID)
+		// It ran when QEMU was lent the memory for the device state. What QEMU took
+		// out of a descriptor set it closes only while the machine runs, and only
+		// when it looks: at the end of a monitor's connection. That one is all that
+		// stays until then.
+		left, err := traces(b.v.PID())
+		if err != nil || len(left) > 1 || len(left) == 1 && !strings.Contains(left[0], "memfd:ckagent-device-state") {
+			t.Errorf("left: %q, %v", left, err)
+		}
+		if err := b.control.Execute(t.Context(), "cont", nil, nil); err != nil {
+			t.Fatal(err)
+		}
+		d := x.checkpoint(t, b.v.PID(), "--qmp", b.proxy.Path())
+		wantRunning(t, b.v)
+		x.wantOnly(t, d.ID, c.ID)
 	})
 	t.Run("reset", func(t *testing.T) {
 		x := newTool(t)
@@ -310,7 +324,10 @@ func TestInterrupt(t *testing.T) {
 			if r.code == exitOK && command == "remove-fd" {
 				t.Skip("it was done before the signal was seen")
 			}
-			wantFailure(t, r, exitCancelled)
+			f := wantFailure(t, r, exitCancelled, "interrupted")
+			if f.Op != "checkpoint" || strings.Contains(f.Message, "\n") || strings.Contains(f.Message, "context canceled") || strings.Contains(f.Message, "timeout") {
+				t.Errorf("want one clear line: %+v", f)
+			}
 			if s := awaitState(t, b.control, "running"); s != "running" {
 				t.Errorf("the machine is %s", s)
 			}
@@ -360,11 +377,6 @@ func TestAttach(t *testing.T) {
 	wantRunning(t, v)
 	if len(ids) < 5 {
 		t.Fatalf("only %d checkpoints: %s", len(ids), errs.String())
-	}
-	// The interrupt may have come between the last checkpoint and the retention
-	// that follows it.
-	if gone := x.run(t, "gc", "--keep-last", "3", "--store", x.store, "--json"); gone.code != exitOK {
-		t.Errorf("gc: %s", gone)
 	}
 	x.wantOnly(t, ids[len(ids)-3:]...)
 	if l := x.ls(t); !slices.ContainsFunc(l, func(l listed) bool { return l.ID == ids[len(ids)-1] }) {
