@@ -107,11 +107,6 @@ func (c *composer) byID(id string, names ...string) (located, bool) {
 	return located{}, false
 }
 
-// has reports whether a flag option is given.
-func (c *composer) has(name string) bool {
-	return slices.ContainsFunc(c.opts, func(o cmdline.Option) bool { return o.Name == name })
-}
-
 // editable refuses a change to what stands in a configuration file.
 func (c *composer) editable(l located, object, what string) bool {
 	if l.index >= 0 {

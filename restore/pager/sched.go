@@ -14,8 +14,9 @@ import (
 
 const (
 	ioprioWho   = 1 // IOPRIO_WHO_PROCESS: one thread
-	ioprioBest0 = 2<<13 | 0
-	ioprioBest7 = 2<<13 | 7
+	ioprioClass = 2 << 13 // IOPRIO_CLASS_BE
+	ioprioBest0 = ioprioClass
+	ioprioBest7 = ioprioClass | 7
 )
 
 // faultThread locks the goroutine to its thread and raises that.

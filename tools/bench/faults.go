@@ -309,7 +309,7 @@ func (b *bench) writeOnce(ctx context.Context, pages int, gap string, around int
 		return nil, st, err
 	}
 	defer func() { err = errors.Join(err, control.Close(), page.Close()) }()
-	srv, err := faultserver.New(ctx, faultserver.Start{Self: b.Binary, Args: []string{capture.FaultServerVerb}, Control: page,
+	srv, err := faultserver.New(faultserver.Start{Self: b.Binary, Args: []string{capture.FaultServerVerb}, Control: page,
 		FaultRingPages: 16384, ScanRingPages: 16384,
 		Config: faultserver.Config{QEMUPID: c.cmd.Process.Pid, FaultThreads: 1, ScanThreads: max(1, min(4, runtime.NumCPU()/2)),
 			MaxStall: time.Second, FaultAround: around, HugeAround: true, Collapse: time.Millisecond,
@@ -318,7 +318,7 @@ func (b *bench) writeOnce(ctx context.Context, pages int, gap string, around int
 		return nil, st, err
 	}
 	defer func() { err = errors.Join(err, srv.Close()) }()
-	if err := srv.Prearm(ctx); err != nil {
+	if err := errors.Join(srv.Ready(ctx), srv.Prearm(ctx)); err != nil {
 		return nil, st, err
 	}
 	if err := srv.Freeze(ctx); err != nil {

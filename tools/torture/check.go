@@ -110,8 +110,6 @@ func registered(list []vmtest.Mapping) string {
 	return strings.Join(out, ", ")
 }
 
-func maps2(m map[string]int) func(func(string) bool) { return maps.Keys(m) }
-
 // markedPages counts the pages of a range whose page table entry says that they
 // are write-protected by a userfaultfd (bit 57).
 func markedPages(pid int, start, bytes uint64) (n uint64, err error) {

@@ -83,7 +83,6 @@ type restored struct {
 	run
 	qmp    string
 	from   int64 // of the console
-	fds    map[string]int
 	qemu   *Proc
 	passed map[string]bool // phases
 	mu     sync.Mutex
