@@ -290,15 +290,15 @@ func (s *session) capture(ctx context.Context) (hot image.HotRuns, err error) {
 	if err := w.healthy(); err != nil {
 		return nil, err
 	}
-	if w.cow != nil { // last, so that little is dirty when the guest stops
-		if err := w.cow.srv.Rearm(ctx); err != nil {
-			return nil, s.captureError("arm RAM", err)
-		}
-	}
 	// Late, so that hardly anything comes between this and the pause; what does is
 	// found before the checkpoint is committed.
 	if err := s.unmigrated(ctx); err != nil {
 		return nil, err
+	}
+	if w.cow != nil { // last, so that little is dirty when the guest stops
+		if err := w.cow.srv.Rearm(ctx); err != nil {
+			return nil, s.captureError("arm RAM", err)
+		}
 	}
 	if s.res.Timing, err = p.run(ctx, inside); err != nil {
 		return nil, err
