@@ -12,6 +12,7 @@ import (
 
 	"golang.org/x/sys/unix"
 
+	"github.com/ckagent/ckagent/agent/cgroup"
 	"github.com/ckagent/ckagent/agent/problem"
 )
 
@@ -130,7 +131,7 @@ func (w *Warm) Abort() {
 		_, _ = p.Wait()
 	}
 	w.children = nil
-	sweepCgroups()
+	cgroup.Sweep()
 	if w.ctl != nil {
 		w.ctl.close()
 		w.ctl = nil
@@ -226,7 +227,7 @@ func endNow(r role, c *control) {
 	o := r.seat(c).occupant()
 	kill(o)
 	awaitExit(o, lastWords)
-	dropCgroup(cgroupName(r.name, o.PID))
+	cgroup.Remove(groupName(r.name, o.PID))
 }
 
 func kill(o occupant) {

@@ -13,7 +13,7 @@ import (
 // a time slice of the drain or of another guest.
 
 const (
-	ioprioWho   = 1 // IOPRIO_WHO_PROCESS: one thread
+	ioprioWho   = 1       // IOPRIO_WHO_PROCESS: one thread
 	ioprioClass = 2 << 13 // IOPRIO_CLASS_BE
 	ioprioBest0 = ioprioClass
 	ioprioBest7 = ioprioClass | 7

@@ -8,6 +8,7 @@ import (
 
 	"golang.org/x/sys/unix"
 
+	"github.com/ckagent/ckagent/agent/cgroup"
 	"github.com/ckagent/ckagent/agent/problem"
 	"github.com/ckagent/ckagent/uffd"
 )
@@ -26,13 +27,12 @@ func SuperviseMain(ctx context.Context, args []string) error {
 	}
 	defer ctl.close()
 	protect()
-	leave := joinCgroup(cgroupName(supervisorRole.name, os.Getpid()))
-	defer leave()
+	defer cgroup.Join(groupName(supervisorRole.name, os.Getpid())).Leave()
 	if !o.resume && !holdLeash() {
 		return nil
 	}
 	err = supervise(ctx, o, ctl)
-	sweepCgroups()
+	cgroup.Sweep()
 	return err
 }
 

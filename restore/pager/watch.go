@@ -12,6 +12,7 @@ import (
 
 	"golang.org/x/sys/unix"
 
+	"github.com/ckagent/ckagent/agent/cgroup"
 	"github.com/ckagent/ckagent/uffd"
 )
 
@@ -39,6 +40,9 @@ var (
 	workerRole     = role{VerbWorker, "pager", func(c *control) *seat { return &c.worker }}
 	supervisorRole = role{VerbSupervisor, "pagerd", func(c *control) *seat { return &c.supervisor }}
 )
+
+// groupName is the control group of a process of a role.
+func groupName(role string, pid int) string { return role + "-" + strconv.Itoa(pid) }
 
 // spawn starts a process of a role on the shared control memory: fd 3 is that, fd 4
 // what keeps it on a leash until it is told to go (nil: it goes at once). It takes
@@ -201,7 +205,7 @@ func (w *watcher) replace(ctx context.Context, old occupant, why string) {
 	w.log("%s %d %s; %d takes over", w.role.name, old.PID, why, p.Pid)
 	w.zombies = append(w.zombies, p)
 	_ = noteSeats(w.runDir, w.ctl)
-	dropCgroup(cgroupName(w.role.name, old.PID))
+	cgroup.Remove(groupName(w.role.name, old.PID))
 }
 
 // reap collects children that have ended.

@@ -15,6 +15,7 @@ import (
 
 	"golang.org/x/sys/unix"
 
+	"github.com/ckagent/ckagent/agent/cgroup"
 	"github.com/ckagent/ckagent/agent/problem"
 	"github.com/ckagent/ckagent/agent/vm/inject"
 	"github.com/ckagent/ckagent/uffd"
@@ -92,8 +93,7 @@ func Main(ctx context.Context, args []string, openers map[string]Opener) error {
 	}
 	defer ctl.close()
 	protect()
-	leave := joinCgroup(cgroupName(workerRole.name, os.Getpid()))
-	defer leave()
+	defer cgroup.Join(groupName(workerRole.name, os.Getpid())).Leave()
 	w := &worker{o: o, ctl: ctl, openers: map[string]Opener{SourceImage: openImage}}
 	maps.Copy(w.openers, openers)
 	if err := w.main(ctx); err != nil {
