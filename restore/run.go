@@ -26,6 +26,10 @@ import (
 // progressEvery is how often OnDrain is called.
 const progressEvery = 200 * time.Millisecond
 
+// drainAfter is when a drain begins that we did not release, though the guest asks
+// for memory: a device state is loaded in a fraction of it.
+const drainAfter = 10 * time.Second
+
 // run is one restore.
 type run struct {
 	o      Options
@@ -343,7 +347,8 @@ func (x *run) arm(ctx context.Context, c *qmp.Client, stream *feed, remote int) 
 	x.pager, err = warm.Start(ctx, pager.Config{
 		Source: x.source, QEMUPID: q.proc.PID, QEMUStart: q.proc.StartTicks, RemoteFD: remote,
 		Blocks: mp.blocks, BytesPerSecond: x.o.BytesPerSecond,
-		NoDrain: true, // until the guest runs: the drain would take the processor from the load
+		// Until the guest runs: the drain would take the processor from the load.
+		NoDrain: true, DrainAfter: drainAfter,
 	})
 	if err != nil {
 		if !q.proc.Alive() {

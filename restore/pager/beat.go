@@ -14,11 +14,13 @@ import (
 const stuckNS = int64(time.Second)
 
 // beater shows that the worker lives, notices that the process served has ended or
-// that the seat was given away, and keeps an eye on memory.
+// that the seat was given away, ends a hold on the drain that nobody else will end,
+// and keeps an eye on memory.
 type beater struct {
 	w      *worker
 	stop   *uffd.Stop
 	pidfd  int
+	held   *hold
 	server atomic.Pointer[server]
 }
 
@@ -32,10 +34,11 @@ func (b *beater) run() {
 		if w.ctl.worker.occupant() != w.self && s != nil {
 			s.end(errSuperseded)
 		}
+		b.held.look()
 		if n%20 == 0 {
 			b.weigh()
 		}
-		switch await(beatEvery, b.stop.FD(), b.pidfd) {
+		switch await(beatEvery, b.stop.FD(), b.pidfd, b.held.starter) {
 		case stopped:
 			return
 		case 0:
@@ -44,6 +47,8 @@ func (b *beater) run() {
 			}
 			// Everything else fails by itself now; do not spin meanwhile.
 			await(beatEvery, b.stop.FD())
+		case 1:
+			b.held.release() // the starter has ended; idle drainers look every 20 ms
 		}
 	}
 }

@@ -45,6 +45,9 @@ type Config struct {
 	QEMUStart uint64 `json:"qemu_start"` // start time in ticks, field 22 of /proc/PID/stat
 	RemoteFD  int    `json:"remote_fd"`  // the userfaultfd's number inside the process
 
+	StarterPID   int    `json:"starter_pid"`   // whose Release NoDrain waits for; filled in by Start
+	StarterStart uint64 `json:"starter_start"` // in ticks, as QEMUStart
+
 	Blocks []Block `json:"blocks"`
 	Hot    []Run   `json:"hot,omitempty"` // first to bring in; nil: what the source says
 
@@ -56,7 +59,8 @@ type Config struct {
 	Retries        int           `json:"retries"`          // further attempts at a bad page; 4
 	BadPage        string        `json:"bad_page"`         // BadPageBlock
 	CollapseBudget time.Duration `json:"collapse_budget"`  // for huge pages after the drain; 1 s, negative: leave it to the kernel
-	NoDrain        bool          `json:"no_drain"`         // serve faults and hot pages only, until Release
+	NoDrain        bool          `json:"no_drain"`         // serve faults and hot pages only, until Release or the starter's end
+	DrainAfter     time.Duration `json:"drain_after"`      // NoDrain ends so long after the first fault, too; 0: it does not
 	NoRealtime     bool          `json:"no_realtime"`      // fault threads at ordinary priority
 }
 
@@ -107,6 +111,8 @@ func (c *Config) resolve() error {
 		return fmt.Errorf("what to do with a bad page: %q", c.BadPage)
 	case c.Workers < 1 || c.Workers > maxWorkers || c.Drainers < 1 || c.Drainers > maxWorkers:
 		return fmt.Errorf("%d workers, %d drainers: 1 to %d of each", c.Workers, c.Drainers, maxWorkers)
+	case c.StarterPID < 0 || c.DrainAfter < 0:
+		return fmt.Errorf("starter %d, drain after %v", c.StarterPID, c.DrainAfter)
 	case c.Retries < 0 || c.Retries > 1000:
 		return fmt.Errorf("%d retries", c.Retries)
 	case c.ChunkBytes%PageBytes != 0 || c.ChunkBytes < minChunk || c.ChunkBytes > maxChunk:

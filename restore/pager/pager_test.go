@@ -6,6 +6,7 @@ import (
 	"fmt"
 	"math/rand/v2"
 	"os"
+	"os/exec"
 	"path/filepath"
 	"strings"
 	"testing"
@@ -334,4 +335,59 @@ func TestPrestartAbort(t *testing.T) {
 	if left, _ := os.ReadDir(dir); len(left) != 0 {
 		t.Errorf("left behind: %v", left)
 	}
+}
+
+// TestHoldEnds: a drain that waits for its starter begins when that has ended, and
+// when it stands still while faults come in.
+func TestHoldEnds(t *testing.T) {
+	blocks := []testBlock{{Pages: 4096}}
+	dir := writeTestImage(t, blocks, "none")
+	t.Run("starter gone", func(t *testing.T) {
+		starter := exec.Command("sleep", "60")
+		if err := starter.Start(); err != nil {
+			t.Fatal(err)
+		}
+		defer func() { _ = starter.Wait() }()
+		defer func() { _ = starter.Process.Kill() }()
+		tg := startTarget(t, targetSpec{Blocks: blocks, Threads: 1})
+		cfg := tg.config(t, dir, blocks)
+		cfg.NoDrain, cfg.StarterPID = true, starter.Process.Pid
+		var err error
+		if cfg.StarterStart, _, err = startTicks(cfg.StarterPID); err != nil {
+			t.Fatal(err)
+		}
+		p := tg.serve(t, cfg)
+		tg.ask("go")
+		waitFor(t, "faults", 5*time.Second, func() bool { return p.Stats().Faults > 20 })
+		// A successor of the worker keeps the hold as well.
+		before := p.Stats()
+		if err := unix.Kill(before.WorkerPID, unix.SIGKILL); err != nil {
+			t.Fatal(err)
+		}
+		waitFor(t, "faults served by another worker", 5*time.Second, func() bool { return p.Stats().Faults > before.Faults+20 })
+		if p.ctl.has(flagRelease) {
+			t.Fatal("released while the starter lives")
+		}
+		tg.ask("stop")
+		if err := starter.Process.Kill(); err != nil {
+			t.Fatal(err)
+		}
+		mustWait(t, p)
+		tg.checkLetGo(t)
+	})
+	t.Run("starter gone before", func(t *testing.T) {
+		tg := startTarget(t, targetSpec{Blocks: blocks, Threads: 1})
+		cfg := tg.config(t, dir, blocks)
+		cfg.NoDrain, cfg.StarterPID, cfg.StarterStart = true, os.Getpid(), 1 // the number has been given to another
+		mustWait(t, tg.serve(t, cfg))
+	})
+	t.Run("starter still", func(t *testing.T) {
+		tg := startTarget(t, targetSpec{Blocks: blocks, Threads: 1})
+		cfg := tg.config(t, dir, blocks)
+		cfg.NoDrain, cfg.DrainAfter = true, 100*time.Millisecond
+		p := tg.serve(t, cfg)
+		tg.ask("go")
+		mustWait(t, p)
+		tg.checkLetGo(t)
+	})
 }

@@ -172,6 +172,13 @@ func (w *Warm) Start(ctx context.Context, cfg Config) (_ *Process, err error) {
 		}
 	}()
 	cfg.Self, cfg.RunDir = w.self, w.runDir
+	if cfg.NoDrain && cfg.StarterPID == 0 {
+		me, err := myself()
+		if err != nil {
+			return nil, problem.New(problem.Failed, "start pager", cfg.RunDir, "%w", err)
+		}
+		cfg.StarterPID, cfg.StarterStart = me.PID, me.Start
+	}
 	if err := cfg.resolve(); err != nil {
 		return nil, problem.New(problem.Usage, "start pager", cfg.RunDir, "%w", err)
 	}
@@ -302,7 +309,8 @@ func (p *Process) Stats() Stats { return statsOf(p.ctl) }
 // Drained is closed when every page is in.
 func (p *Process) Drained() <-chan struct{} { return p.drained }
 
-// Release starts the drain of a pager configured with NoDrain.
+// Release starts the drain of a pager configured with NoDrain. It starts by itself
+// when the starter ends without having called Release.
 func (p *Process) Release() { p.ctl.setFlag(flagRelease) }
 
 // Retry has pages that could not be had tried again.

@@ -228,12 +228,13 @@ func (w *worker) run(ctx context.Context) error {
 	aside.Go(func() {
 		(&watcher{role: supervisorRole, self: w.o.self, runDir: w.o.runDir, ctl: w.ctl, log: w.log}).run(asideCtx, stop)
 	})
-	b := &beater{w: w, stop: stop, pidfd: pidfd}
+	b := &beater{w: w, stop: stop, pidfd: pidfd, held: newHold(cfg, w.ctl)}
 	aside.Go(b.run)
 	defer func() {
 		cancelAside()
 		_ = stop.Signal()
 		aside.Wait()
+		b.held.close()
 	}()
 
 	h, err := takeUserfaultfd(pidfd, cfg.RemoteFD)
