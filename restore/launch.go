@@ -34,6 +34,7 @@ type qemu struct {
 	proc    *vm.Process   // of the child, from the greeting on
 	conn    *net.UnixConn // to its control socket; QEMU greets when it gets there
 	log     string
+	machine string // the type it is started as
 }
 
 // launch starts QEMU from a plan.
@@ -56,7 +57,7 @@ func launch(ctx context.Context, p *plan.Plan) (_ *qemu, err error) {
 	if err != nil {
 		return nil, problem.New(problem.Failed, "connect", p.QMPPath, "%w", err)
 	}
-	q := &qemu{conn: conn, log: filepath.Join(p.RunDir, logName)}
+	q := &qemu{conn: conn, log: filepath.Join(p.RunDir, logName), machine: p.Machine}
 	defer func() {
 		if err != nil {
 			q.kill()
@@ -210,7 +211,12 @@ func (q *qemu) failed(ctx context.Context, op string, err error) error {
 	if said == "" {
 		return problem.New(problem.Failed, op, q.object(), "%w", err)
 	}
-	return problem.New(problem.Failed, op, q.object(), "QEMU says: %s: %w", said, err)
+	if strings.Contains(said, "unsupported machine type") {
+		return problem.New(problem.Refused, op, q.object(), "this QEMU does not know the machine type %s: %w", q.machine, err).
+			WithHint("give one that does with --qemu PATH; PATH -machine help lists its types")
+	}
+	return problem.New(problem.Failed, op, q.object(), "QEMU says: %s: %w", said, err).
+		WithHint("restore --dry-run shows the command line")
 }
 
 func (q *qemu) object() string {
