@@ -9,6 +9,8 @@ import (
 	"testing"
 	"time"
 
+	"golang.org/x/sys/unix"
+
 	"github.com/ckagent/ckagent/tools/vmtest"
 )
 
@@ -60,10 +62,8 @@ func (x *tool) restore(t testing.TB, ref, serial string, args ...string) (restor
 	}
 	var r restored
 	x.json(t, &r, append([]string{"restore", ref, "--store", x.store}, args...)...)
+	t.Cleanup(func() { removeLater(r) }) // comes after the machine was killed
 	v := vmtest.StartAdopted(t, r.QEMUPID, r.QMP, serial, from)
-	t.Cleanup(func() { // after the machine was killed
-		removeLater(r)
-	})
 	if r.ReadyNS <= 0 || r.RunningNS < r.ReadyNS || r.ResumeNS < 0 {
 		t.Errorf("restore reports nonsense: %+v", r)
 	}
@@ -74,8 +74,12 @@ func (x *tool) restore(t testing.TB, ref, serial string, args ...string) (restor
 // the next restore would sweep up.
 func removeLater(r restored) {
 	if fd, err := openPID(r.QEMUPID); err == nil {
-		closeFD(fd) // it is alive: adopted again
-		return
+		p := []unix.PollFd{{Fd: int32(fd), Events: unix.POLLIN}}
+		ended, _ := unix.Poll(p, 0)
+		closeFD(fd)
+		if ended == 0 {
+			return // it is alive: adopted again
+		}
 	}
 	os.RemoveAll(r.RunDir)
 	for _, pattern := range []string{"/sys/fs/cgroup/ckagent/restored-%d", "/sys/fs/cgroup/*/ckagent/restored-%d"} {
