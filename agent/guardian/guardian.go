@@ -218,11 +218,10 @@ func (g *Guardian) handshake(ctx context.Context, s setup) error {
 	if err != nil {
 		return err
 	}
-	if _, err := g.link.Write(b); err != nil {
-		return err
+	buf, n := make([]byte, 64<<10), 0
+	if _, err = g.link.Write(b); err == nil {
+		n, err = g.link.Read(buf)
 	}
-	buf := make([]byte, 64<<10)
-	n, err := g.link.Read(buf)
 	switch {
 	case ctx.Err() != nil:
 		return fmt.Errorf("it does not answer: %w", context.Cause(ctx))
