@@ -25,11 +25,13 @@
 //
 // # Failure
 //
-// Until the guest runs, any failure kills the new QEMU, ends its pager, removes its
-// run directory and leaves everything else as it was. A QEMU that could not load
-// the state is not asked again: it is told apart by what it wrote to its log. Once
-// the guest runs it is never killed: a drain that cannot finish returns the Result
-// together with the error, and the pager goes on.
+// Until the guest is told to run, any failure kills the new QEMU, ends its pager,
+// removes its run directory and leaves everything else as it was. A QEMU that could
+// not load the state is not asked again: it is told apart by what it wrote to its
+// log. Once the guest was told to run it is never killed, unless QEMU failed before
+// it could: an interrupt waits a moment for the outcome; where none shows, and where
+// a drain cannot finish, the Result is returned together with the error, and the
+// pager goes on. It also goes on, and drains, if we are killed in that moment.
 //
 // # Concurrency
 //

@@ -77,6 +77,24 @@ func (f *feed) pump() {
 	}()
 }
 
+// sent reports whether all of the stream is in the pipe. Before that QEMU cannot
+// have loaded it, and will not if the feed is closed.
+func (f *feed) sent() bool {
+	if f.write == nil {
+		return true
+	}
+	if f.done == nil {
+		return false
+	}
+	select {
+	case err := <-f.done:
+		f.done <- err // for close
+		return err == nil
+	default:
+		return false
+	}
+}
+
 // close ends the feed; what QEMU has not read is lost.
 func (f *feed) close() {
 	f.read.Close()
@@ -110,8 +128,40 @@ type loaded struct {
 	running time.Time // zero if the guest stays paused
 }
 
+// settleWithin is how long the outcome of a load is awaited after the caller gave up.
+const settleWithin = 2 * time.Second
+
+// settling is a context for waiting for what was begun and cannot be taken back: the
+// end of ctx ends it only after a while, in which the outcome mostly turns out. A
+// limit that was exceeded was such a while already.
+func settling(ctx context.Context) (context.Context, context.CancelFunc) {
+	out, cancel := context.WithCancelCause(context.WithoutCancel(ctx))
+	ended := make(chan struct{})
+	stop := context.AfterFunc(ctx, func() {
+		defer close(ended)
+		cause := context.Cause(ctx)
+		if !errors.Is(cause, errTooSlow) {
+			t := time.NewTimer(settleWithin)
+			defer t.Stop()
+			select {
+			case <-t.C:
+			case <-out.Done():
+			}
+		}
+		cancel(cause)
+	})
+	return out, func() {
+		cancel(nil)
+		if !stop() {
+			<-ended
+		}
+	}
+}
+
 // load has QEMU read the stream, and the guest run as soon as it is in unless it is
-// to stay paused.
+// to stay paused. If the guest was told to run, the end of ctx is not the end of the
+// load: what becomes of it is awaited for a while. An error then does not mean that
+// the guest does not run: see mayRun.
 func load(ctx context.Context, c *qmp.Client, f *feed, run bool) (loaded, error) {
 	var l loaded
 	incoming, err := qmp.Encode("migrate-incoming", map[string]string{"uri": "fd:" + streamName})
@@ -129,9 +179,17 @@ func load(ctx context.Context, c *qmp.Client, f *feed, run bool) (loaded, error)
 	}
 	sub := c.Subscribe(64, "MIGRATION", "RESUME")
 	defer sub.Close()
+	if ctx.Err() != nil { // the last moment
+		return l, context.Cause(ctx)
+	}
 	calls, err := c.Send(reqs...)
 	if err != nil {
 		return l, err
+	}
+	if run {
+		var stop context.CancelFunc
+		ctx, stop = settling(ctx)
+		defer stop()
 	}
 	f.pump()
 	for _, k := range calls {
@@ -170,6 +228,28 @@ var (
 	errLoad    = errors.New("QEMU could not load the device state")
 	errTooSlow = errors.New("it took too long")
 )
+
+// mayRun reports whether the guest, which was told to run, may have done so although
+// load returned err. It does not if QEMU said so, has ended, or lacks a part of the
+// stream.
+func mayRun(q *qemu, f *feed, err error) bool {
+	var refused *qmp.Error
+	if errors.Is(err, errLoad) || errors.As(err, &refused) || !f.sent() {
+		return false
+	}
+	// One that is on its way out closes its monitor first.
+	ctx, stop := context.WithTimeout(context.Background(), endPatience)
+	defer stop()
+	if errors.Is(err, qmp.ErrLost) {
+		return q.proc.Wait(ctx) != nil
+	}
+	return q.proc.Alive()
+}
+
+// leftAlone is the error for a guest of which is not known whether it runs.
+type leftAlone struct{ error }
+
+func (e leftAlone) Unwrap() error { return e.error }
 
 // loadError explains a failed load.
 func loadError(q *qemu, ctx context.Context, err error) error {

@@ -85,7 +85,7 @@ func (x *run) note(format string, args ...any) {
 	x.res.Notes = append(x.res.Notes, fmt.Sprintf(format, args...))
 }
 
-func (x *run) do(ctx context.Context) (_ *Result, err error) {
+func (x *run) do(ctx context.Context) (*Result, error) {
 	cgroup.Sweep()
 	if _, err := Sweep(x.o.RunRoot); err != nil {
 		x.note("run directories of VMs that are gone could not be removed: %v", err)
@@ -101,13 +101,18 @@ func (x *run) do(ctx context.Context) (_ *Result, err error) {
 		x.undo()
 		return nil, err
 	}
-	if err := x.bringUp(ctx); err != nil {
+	err := x.bringUp(ctx)
+	var left leftAlone
+	if err != nil && !errors.As(err, &left) {
 		x.undo()
 		return nil, err
 	}
-	// The guest runs: nothing below takes it away again.
+	// The guest runs, or may: nothing below takes it away again.
 	defer x.q.letGo()
 	x.pager.Release()
+	if err != nil {
+		return x.res, errors.Join(err, x.pager.Detach())
+	}
 	return x.res, x.drain(ctx)
 }
 
@@ -287,6 +292,10 @@ func (x *run) bringUp(ctx context.Context) error {
 		return err
 	}
 	l, err := load(loadCtx, c, stream, !x.plan.Paused)
+	if err != nil && !x.plan.Paused && mayRun(q, stream, err) {
+		return leftAlone{problem.New(problem.CodeOf(err), "restore", q.object(), "it was told to let the guest run and did not say that it does: %w", err).
+			WithHint("nothing was taken away from it: look at it by its monitor %s, and end it if it hangs", x.plan.QMPPath)}
+	}
 	if err != nil {
 		return loadError(q, loadCtx, err)
 	}

@@ -58,7 +58,8 @@ func openStoreSource(ctx context.Context, raw json.RawMessage) (pager.PageSource
 
 // Run restores the checkpoint that ref names: an id, or a VM, whose newest
 // checkpoint that verifies is taken. A newer one that was passed over is named in
-// Result.Notes. Where the Result is not nil the guest runs, whatever the error.
+// Result.Notes. Where the Result is not nil the guest runs
+// (or was told to, and did not say that it does: the error tells), whatever the error.
 func Run(ctx context.Context, st *store.Store, ref string, o Options) (*Result, error) {
 	began := time.Now()
 	sel, err := st.Get(ctx, ref, store.GetOptions{})
