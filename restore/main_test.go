@@ -20,7 +20,7 @@ func TestMain(m *testing.M) {
 		case pager.VerbWorker:
 			err = pager.Main(context.Background(), os.Args[2:], Openers())
 		case pager.VerbSupervisor:
-			err = pager.SuperviseMain(context.Background(), os.Args[2:])
+			err = pager.SuperviseMain(context.Background(), os.Args[2:], Keepers())
 		default:
 			goleak.VerifyTestMain(m)
 			return

@@ -9,8 +9,11 @@ import (
 	"testing"
 	"time"
 
+	"golang.org/x/sys/unix"
+
 	"github.com/ckagent/ckagent/agent/image"
 	"github.com/ckagent/ckagent/agent/problem"
+	"github.com/ckagent/ckagent/agent/store"
 	"github.com/ckagent/ckagent/restore/pager"
 	"github.com/ckagent/ckagent/tools/vmtest"
 )
@@ -34,6 +37,7 @@ func TestDetachKeepsLease(t *testing.T) {
 	if res.DrainedNS != 0 || res.ResumeNS <= 0 || res.CommandToRunningNS != res.ReadyNS+res.ResumeNS {
 		t.Errorf("times: %+v", res)
 	}
+	waitForLeases(t, st, id, 2) // worker and supervisor
 	if _, err := st.Remove(t.Context(), id, false); !problem.Is(err, problem.Refused) && !problem.Is(err, problem.Busy) {
 		t.Errorf("removed while the pager reads it: %v", err)
 	}
@@ -50,6 +54,32 @@ func TestDetachKeepsLease(t *testing.T) {
 		p.Close()
 	}
 	attached(t, res)
+	waitForLeases(t, st, id, 0)
+}
+
+// waitForLeases waits until so many processes hold the checkpoint.
+func waitForLeases(t *testing.T, st *store.Store, id string, want int) {
+	t.Helper()
+	for deadline := time.Now().Add(10 * time.Second); ; {
+		list, err := st.List(t.Context())
+		if err != nil {
+			t.Fatal(err)
+		}
+		holders := map[int]bool{}
+		for _, info := range list {
+			for _, l := range info.Leases {
+				if info.ID == id && l.State == store.Live {
+					holders[l.PID] = true
+				}
+			}
+		}
+		if len(holders) == want {
+			return
+		}
+		if _, err := unix.Poll(nil, 10); err != nil || time.Now().After(deadline) {
+			t.Fatalf("held by %v, want %d processes", holders, want)
+		}
+	}
 }
 
 // TestInterruptedDrain ends the wait for the drain: the guest and its pager go on.

@@ -5,6 +5,7 @@ import (
 	"encoding/json"
 	"errors"
 	"fmt"
+	"io"
 	"time"
 
 	"github.com/ckagent/ckagent/agent/problem"
@@ -14,7 +15,8 @@ import (
 
 // SourceStore is the kind of page source that reads a checkpoint of a store and
 // holds a lease on it for as long as it is open: by the pager itself, so that
-// nobody removes the checkpoint after the restore command has ended.
+// nobody removes the checkpoint after the restore command has ended. Worker and
+// supervisor hold one each: where one of them has died, the other's counts.
 const SourceStore = "store"
 
 type storeParams struct {
@@ -28,6 +30,11 @@ func Openers() map[string]pager.Opener {
 	return map[string]pager.Opener{SourceStore: openStoreSource}
 }
 
+// Keepers are the same for the supervisor, which reads no page.
+func Keepers() map[string]pager.Keeper {
+	return map[string]pager.Keeper{SourceStore: keepStoreSource}
+}
+
 // leased is a page source and the lease that keeps its files.
 type leased struct {
 	pager.PageSource
@@ -36,7 +43,8 @@ type leased struct {
 
 func (l *leased) Close() error { return errors.Join(l.PageSource.Close(), l.image.Close()) }
 
-func openStoreSource(ctx context.Context, raw json.RawMessage) (pager.PageSource, error) {
+// openLeased opens the checkpoint that raw names, with a lease.
+func openLeased(ctx context.Context, raw json.RawMessage) (*store.Image, error) {
 	var p storeParams
 	if err := json.Unmarshal(raw, &p); err != nil {
 		return nil, problem.New(problem.Usage, "open source", SourceStore, "%w", err)
@@ -45,7 +53,19 @@ func openStoreSource(ctx context.Context, raw json.RawMessage) (pager.PageSource
 	if err != nil {
 		return nil, err
 	}
-	img, err := st.OpenImage(ctx, p.ID)
+	return st.OpenImage(ctx, p.ID)
+}
+
+func keepStoreSource(ctx context.Context, raw json.RawMessage) (io.Closer, error) {
+	img, err := openLeased(ctx, raw)
+	if err != nil {
+		return nil, err // and no nil *store.Image in an interface
+	}
+	return img, nil
+}
+
+func openStoreSource(ctx context.Context, raw json.RawMessage) (pager.PageSource, error) {
+	img, err := openLeased(ctx, raw)
 	if err != nil {
 		return nil, err
 	}

@@ -32,7 +32,7 @@ func helperMain(args []string) (code int, ok bool) {
 	case pager.VerbWorker:
 		err = pager.Main(ctx, args[1:], restore.Openers())
 	case pager.VerbSupervisor:
-		err = pager.SuperviseMain(ctx, args[1:])
+		err = pager.SuperviseMain(ctx, args[1:], restore.Keepers())
 	default:
 		return 0, false
 	}

@@ -33,7 +33,7 @@ func TestMain(m *testing.M) {
 		case VerbWorker:
 			err = Main(context.Background(), os.Args[2:], map[string]Opener{"slow": openSlow})
 		case VerbSupervisor:
-			err = SuperviseMain(context.Background(), os.Args[2:])
+			err = SuperviseMain(context.Background(), os.Args[2:], nil)
 		case verbTarget:
 			err = targetMain(os.Args[2])
 		case verbTouch:

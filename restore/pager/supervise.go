@@ -4,6 +4,7 @@ import (
 	"context"
 	"fmt"
 	"os"
+	"sync"
 	"time"
 
 	"golang.org/x/sys/unix"
@@ -14,9 +15,11 @@ import (
 )
 
 // SuperviseMain is the supervisor process: it replaces a worker that died or shows
-// no sign of life. args are what follows the verb. It touches neither the source
-// nor the memory served, so that nothing that harms a worker can harm it.
-func SuperviseMain(ctx context.Context, args []string) error {
+// no sign of life. args are what follows the verb. It reads neither the source nor
+// the memory served, so that nothing that harms a worker can harm it; but it holds
+// the source by the keeper of its kind, if there is one, so that the source is not
+// removed while there is no worker.
+func SuperviseMain(ctx context.Context, args []string, keepers map[string]Keeper) error {
 	o, err := parseOptions(VerbSupervisor, args)
 	if err != nil {
 		return err
@@ -31,12 +34,12 @@ func SuperviseMain(ctx context.Context, args []string) error {
 	if !o.resume && !holdLeash() {
 		return nil
 	}
-	err = supervise(ctx, o, ctl)
+	err = supervise(ctx, o, ctl, keepers)
 	cgroup.Sweep()
 	return err
 }
 
-func supervise(ctx context.Context, o *options, ctl *control) error {
+func supervise(ctx context.Context, o *options, ctl *control, keepers map[string]Keeper) error {
 	log := func(format string, args ...any) {
 		fmt.Fprintf(os.Stderr, "%s pagerd[%d]: %s\n", time.Now().Format(time.RFC3339Nano), os.Getpid(), fmt.Sprintf(format, args...))
 	}
@@ -68,6 +71,11 @@ func supervise(ctx context.Context, o *options, ctl *control) error {
 	}
 	defer stop.Close()
 
+	letGo := func() {}
+	if keeper, ok := keepers[st.Config.Source.Kind]; ok {
+		letGo = sync.OnceFunc(keep(ctx, keeper, st.Config.Source.Params, log))
+	}
+	defer func() { letGo() }() // whatever it is by then
 	watched := make(chan struct{})
 	wctx, cancel := context.WithCancel(ctx)
 	defer cancel()
@@ -94,6 +102,7 @@ func supervise(ctx context.Context, o *options, ctl *control) error {
 	}
 	awaitExit(ctl.worker.occupant(), lastWords)
 	w.reap()
+	letGo() // who waits for the files to go may ask for the source next
 	if ctl.has(flagDetached) && ctl.phaseNow().over() {
 		cleanUp(o.runDir)
 	}
