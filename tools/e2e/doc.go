@@ -15,8 +15,9 @@
 //
 // # How long it takes
 //
-// By default a few minutes, with -short the configurations and the long runs are
-// left out. CKAGENT_E2E_ROUNDS=50 makes the run of consecutive checkpoints as
+// By default under five minutes, with -short the configurations and the long runs
+// are left out. CKAGENT_E2E_LONG=1 runs the configurations that others cover, too.
+// CKAGENT_E2E_ROUNDS=50 makes the run of consecutive checkpoints as
 // long as it has to be before a release. CKAGENT_E2E_BINARY names a binary to
 // test instead of building one.
 //

@@ -272,36 +272,39 @@ func TestChangedMeanwhile(t *testing.T) {
 			t.Error("not verified")
 		}
 	})
-	t.Run("migrated", func(t *testing.T) {
-		x := newTool(t)
-		b := newBed(t)
-		out := filepath.Join(b.v.Dir(), "stream")
-		b.at("add-fd", func() {
-			err := b.control.Execute(t.Context(), "migrate-set-parameters", map[string]any{"max-bandwidth": 1 << 20}, nil)
-			if err == nil {
-				err = b.control.Execute(t.Context(), "migrate", map[string]any{"uri": "exec:cat > " + out}, nil)
+	// Before the pause, and when the capture is over but not yet committed.
+	for _, command := range []string{"add-fd", "remove-fd"} {
+		t.Run("migrated at "+command, func(t *testing.T) {
+			x := newTool(t)
+			b := newBed(t)
+			out := filepath.Join(b.v.Dir(), "stream")
+			b.at(command, func() {
+				err := b.control.Execute(t.Context(), "migrate-set-parameters", map[string]any{"max-bandwidth": 1 << 20}, nil)
+				if err == nil {
+					err = b.control.Execute(t.Context(), "migrate", map[string]any{"uri": "exec:cat > " + out}, nil)
+				}
+				if err != nil {
+					t.Error(err)
+				}
+			})
+			r := x.run(t, "checkpoint", itoa(b.v.PID()), "--store", x.store, "--qmp", b.proxy.Path(), "--json")
+			b.wantReached(t, 1)
+			t.Logf("%s", r)
+			f := wantFailure(t, r, exitBusy, "migrat")
+			if !f.Retryable {
+				t.Errorf("%+v", f)
 			}
-			if err != nil {
+			// While it goes on nothing can be taken either.
+			if r := x.run(t, "checkpoint", itoa(b.v.PID()), "--store", x.store, "--qmp", b.v.QMPPath(), "--json"); r.code != exitBusy && r.code != exitRefused {
+				t.Errorf("during a migration: %s", r)
+			}
+			if err := b.control.Execute(t.Context(), "migrate_cancel", nil, nil); err != nil {
 				t.Error(err)
 			}
+			wantRunning(t, b.v)
+			x.wantOnly(t)
 		})
-		r := x.run(t, "checkpoint", itoa(b.v.PID()), "--store", x.store, "--qmp", b.proxy.Path(), "--json")
-		b.wantReached(t, 1)
-		t.Logf("%s", r)
-		f := wantFailure(t, r, exitBusy, "migrat")
-		if !f.Retryable {
-			t.Errorf("%+v", f)
-		}
-		// While it goes on nothing can be taken either.
-		if r := x.run(t, "checkpoint", itoa(b.v.PID()), "--store", x.store, "--qmp", b.v.QMPPath(), "--json"); r.code != exitBusy && r.code != exitRefused {
-			t.Errorf("during a migration: %s", r)
-		}
-		if err := b.control.Execute(t.Context(), "migrate_cancel", nil, nil); err != nil {
-			t.Error(err)
-		}
-		wantRunning(t, b.v)
-		x.wantOnly(t)
-	})
+	}
 }
 
 // TestInterrupt: ^C while the VM is paused for us, and during attach, leaves it
