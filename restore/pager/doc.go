@@ -9,8 +9,10 @@
 // a worker that died or froze. The worker replaces the supervisor in the same way.
 // They share one page of atomics, the control memory: who they are, signs of life,
 // phase and counters. The starter (Process) only looks at it; it may go away at any
-// time. Both dying at once is mended by the starter if it is still there, else by
-// Resume.
+// time, also without having called Release: a drain on hold then begins by itself.
+// Both dying or freezing at once is mended by the starter if it is still there, else
+// by Resume. The supervisor also holds the source (Keeper), so that it is not removed
+// while there is no worker.
 //
 // # Life cycle
 //

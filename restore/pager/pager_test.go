@@ -268,6 +268,56 @@ func TestResumeByHand(t *testing.T) {
 	}
 }
 
+// TestBothFrozen: worker and supervisor are stopped at once; who follows them steps
+// in, the starter or, if it has gone, who resumes.
+func TestBothFrozen(t *testing.T) {
+	blocks := mixed(8192)
+	dir := writeTestImage(t, blocks, "none")
+	tg := startTarget(t, targetSpec{Blocks: blocks, Threads: 2})
+	cfg := tg.config(t, dir, blocks)
+	cfg.BytesPerSecond = 10 << 20
+	p, err := Start(t.Context(), cfg)
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer func() { tg.endPager(p) }()
+	tg.ask("go")
+	for _, who := range []string{"starter", "resumer"} {
+		faults := p.Stats().Faults
+		waitFor(t, "faults", 5*time.Second, func() bool { return p.Stats().Faults > faults })
+		before, worker, supervisor := p.Stats(), p.ctl.worker.works.Load(), p.ctl.supervisor.works.Load()
+		stop := func() {
+			for _, pid := range []int{before.SupervisorPID, before.WorkerPID} {
+				if err := unix.Kill(pid, unix.SIGSTOP); err != nil {
+					t.Fatal(err)
+				}
+			}
+		}
+		t0 := time.Now()
+		if who == "resumer" {
+			p.Close()
+			stop()
+			if p, err = Resume(t.Context(), cfg.RunDir); err != nil {
+				t.Fatal(err)
+			}
+		} else {
+			stop()
+		}
+		waitFor(t, "both replaced by the "+who, 8*time.Second, func() bool {
+			s := p.Stats()
+			return s.WorkerPID != before.WorkerPID && s.SupervisorPID != before.SupervisorPID &&
+				p.ctl.worker.works.Load() > worker && p.ctl.supervisor.works.Load() > supervisor
+		})
+		t.Logf("%s: served again after %v", who, time.Since(t0))
+	}
+	mustWait(t, p)
+	tg.checkLetGo(t)
+	tg.ask("stop")
+	if r := tg.ask("all"); r.Bad != 0 || r.Touches == 0 {
+		t.Fatalf("%+v", r)
+	}
+}
+
 func killBoth(t *testing.T, st Stats) {
 	t.Helper()
 	// The supervisor first and stopped, or it would fill the worker's seat again.

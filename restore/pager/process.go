@@ -255,10 +255,11 @@ func newProcess(runDir, self string, ctl *control, children []*os.Process) *Proc
 	return p
 }
 
-// follow turns phases into channels, reaps, and steps in if both processes died at
-// once.
+// follow turns phases into channels, reaps, and steps in if both processes died or
+// froze at once.
 func (p *Process) follow() {
 	defer close(p.over)
+	var lifelessNS int64 // since when both are
 	damaged, drained := p.damaged, p.drained
 	for {
 		ph := p.ctl.phaseNow()
@@ -282,11 +283,15 @@ func (p *Process) follow() {
 			p.children = reap(p.children)
 			return
 		}
-		if !present(p.ctl.worker.occupant()) && !present(p.ctl.supervisor.occupant()) {
-			if c, err := spawn(supervisorRole, p.ctl.supervisor.occupant(), p.self, p.runDir, p.ctl, nil, ""); err == nil {
-				p.children = append(p.children, c)
-				_ = noteSeats(p.runDir, p.ctl)
-			}
+		switch now := nowNS(); {
+		case !p.ctl.worker.lifeless(now) || !p.ctl.supervisor.lifeless(now):
+			lifelessNS = 0
+		case lifelessNS == 0 && (present(p.ctl.worker.occupant()) || present(p.ctl.supervisor.occupant())):
+			// Looked at again: all of us may have stood still, and they go on now.
+			lifelessNS = now
+		case now-lifelessNS >= int64(beatEvery):
+			p.stepIn()
+			lifelessNS = 0
 		}
 		select {
 		case <-p.quit:
@@ -295,6 +300,23 @@ func (p *Process) follow() {
 		}
 		p.ctl.waitPhase(ph, beatEvery)
 	}
+}
+
+// stepIn starts another supervisor, which finds no worker and starts one.
+func (p *Process) stepIn() {
+	old := p.ctl.supervisor.occupant()
+	for _, o := range []occupant{old, p.ctl.worker.occupant()} {
+		if present(o) {
+			kill(o)
+			cgroup.Thawed().Thaw(o.PID)
+		}
+	}
+	c, err := spawn(supervisorRole, old, p.self, p.runDir, p.ctl, nil, "")
+	if err != nil {
+		return // superseded, or tried again at the next look
+	}
+	p.children = append(p.children, c)
+	_ = noteSeats(p.runDir, p.ctl)
 }
 
 // present reports whether an occupant is alive (a zombie is not).

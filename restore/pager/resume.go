@@ -13,8 +13,8 @@ import (
 
 // Resume picks up the pager of a run directory: by hand, if both of its processes
 // died at once, or for the agent to follow one that it did not start. If either is
-// alive it is joined; otherwise new ones are started. Pages that could not be had
-// are tried again.
+// alive it is joined, and both are replaced if they stand still; otherwise new ones
+// are started. Pages that could not be had are tried again.
 func Resume(ctx context.Context, runDir string) (*Process, error) {
 	runDir, err := filepath.Abs(runDir)
 	if err != nil {

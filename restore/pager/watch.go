@@ -145,13 +145,8 @@ func (w *watcher) look(ctx context.Context) {
 		w.replace(ctx, o, "died")
 		return
 	}
-	silent := time.Duration(nowNS() - s.beatNS.Load())
-	if silent < frozenAfter {
-		return
-	}
-	_, letter, err := startTicks(o.PID)
-	frozen := err == nil && (letter == 'T' || letter == 't' || letter == 'D')
-	if !frozen && silent < starvedFor {
+	silent, letter, tooLong := s.silence(o, nowNS())
+	if !tooLong {
 		return
 	}
 	if err := unix.PidfdSendSignal(w.pidfd, unix.SIGKILL, nil, 0); err != nil && err != unix.ESRCH {
@@ -160,6 +155,29 @@ func (w *watcher) look(ctx context.Context) {
 	// Not waited for: one that sleeps in the kernel may take long to go, and two
 	// at a time do no harm.
 	w.replace(ctx, o, fmt.Sprintf("gave no sign of life for %v (state %c)", silent.Round(time.Millisecond), letter))
+}
+
+// silence is for how long a living occupant gave no sign of life, its state, and
+// whether that is too long.
+func (s *seat) silence(o occupant, now int64) (silent time.Duration, letter byte, tooLong bool) {
+	silent = time.Duration(now - s.beatNS.Load())
+	if silent < frozenAfter {
+		return silent, 0, false
+	}
+	_, letter, err := startTicks(o.PID)
+	frozen := err == nil && (letter == 'T' || letter == 't' || letter == 'D')
+	return silent, letter, frozen || silent >= starvedFor
+}
+
+// lifeless reports whether nobody in this seat does anything: dead, or silent for
+// too long.
+func (s *seat) lifeless(now int64) bool {
+	o := s.occupant()
+	if !present(o) {
+		return true
+	}
+	_, _, tooLong := s.silence(o, now)
+	return tooLong
 }
 
 // replace fills the seat again, at once unless it dies over and over.
