@@ -6,6 +6,7 @@ import (
 	"errors"
 	"fmt"
 	"os"
+	"time"
 
 	"golang.org/x/sys/unix"
 
@@ -24,6 +25,9 @@ func (p *pause) lend(ctx context.Context, proc *vm.Process) (filename string, er
 	if err != nil {
 		return "", err
 	}
+	// What QEMU was sent it takes; only by its answer do we know what to take back.
+	ctx, cancel := outlasting(ctx, resumeTimeout)
+	defer cancel()
 	if !s.Running && opensOwnDescriptors(proc) {
 		if filename, err = p.lendNamed(ctx, proc); filename != "" || err != nil {
 			return filename, err
@@ -44,6 +48,13 @@ func (p *pause) lend(ctx context.Context, proc *vm.Process) (filename string, er
 	}
 	p.fdset = set.ID
 	return fmt.Sprintf("/dev/fdset/%d", set.ID), nil
+}
+
+// outlasting is a context that ends a while after its parent.
+func outlasting(parent context.Context, grace time.Duration) (context.Context, context.CancelFunc) {
+	ctx, cancel := context.WithCancel(context.WithoutCancel(parent))
+	stop := context.AfterFunc(parent, func() { time.AfterFunc(grace, cancel) })
+	return ctx, func() { stop(); cancel() }
 }
 
 // lendNamed hands the memory over by name and looks up which number it has got.
