@@ -318,6 +318,57 @@ func TestBothFrozen(t *testing.T) {
 	}
 }
 
+// TestBothContinued: two that were stopped and go on together leave each other alone.
+func TestBothContinued(t *testing.T) {
+	blocks := []testBlock{{Pages: 8192}}
+	dir := writeTestImage(t, blocks, "none")
+	tg := startTarget(t, targetSpec{Blocks: blocks, Threads: 1})
+	cfg := tg.config(t, dir, blocks)
+	cfg.NoDrain = true
+	p, err := Start(t.Context(), cfg)
+	if err != nil {
+		t.Fatal(err)
+	}
+	ctl, err := openControl(dupControl(t, p.ctl))
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer ctl.close()
+	waitFor(t, "both at work", 5*time.Second, func() bool { return ctl.worker.works.Load() > 0 && ctl.supervisor.works.Load() > 0 })
+	p.Close() // nobody follows
+	both := func(sig unix.Signal) {
+		for _, s := range []*seat{&ctl.worker, &ctl.supervisor} {
+			if err := unix.Kill(s.occupant().PID, sig); err != nil {
+				t.Fatal(err)
+			}
+		}
+	}
+	both(unix.SIGSTOP)
+	silent := starvedFor + 200*time.Millisecond
+	waitFor(t, "silence", 5*time.Second, func() bool {
+		return nowNS()-max(ctl.worker.beatNS.Load(), ctl.supervisor.beatNS.Load()) > int64(silent)
+	})
+	both(unix.SIGCONT)
+	ctl.setFlag(flagRelease)
+	waitFor(t, "the end", 20*time.Second, func() bool { return ctl.phaseNow() == PhaseDone })
+	if s := statsOf(ctl); s.WorkerStarts != 1 || s.SupervisorStart != 1 {
+		t.Errorf("%d workers, %d supervisors: one ended the other", s.WorkerStarts, s.SupervisorStart)
+	}
+	for _, s := range []*seat{&ctl.worker, &ctl.supervisor} {
+		awaitExit(s.occupant(), lastWords)
+	}
+	tg.checkLetGo(t)
+}
+
+func dupControl(t *testing.T, c *control) *os.File {
+	t.Helper()
+	fd, err := unix.FcntlInt(c.file.Fd(), unix.F_DUPFD_CLOEXEC, 0)
+	if err != nil {
+		t.Fatal(err)
+	}
+	return os.NewFile(uintptr(fd), controlMapping)
+}
+
 func killBoth(t *testing.T, st Stats) {
 	t.Helper()
 	// The supervisor first and stopped, or it would fill the worker's seat again.

@@ -102,6 +102,8 @@ type watcher struct {
 	fails   int    // of them, of ones that never got to work, in a row
 	works   uint64 // seat.works when last looked at
 	lastNS  int64  // of the last death
+	lookNS  int64  // when it last looked
+	wokeNS  int64  // when it last did after standing still itself
 }
 
 // run looks after the seat until stop is signalled or the pager's work is over.
@@ -145,7 +147,14 @@ func (w *watcher) look(ctx context.Context) {
 		w.replace(ctx, o, "died")
 		return
 	}
-	silent, letter, tooLong := s.silence(o, nowNS())
+	// Two that were stopped and go on together must not end each other: silence
+	// counts from when we could have heard something.
+	now := nowNS()
+	if now-w.lookNS > int64(frozenAfter) {
+		w.wokeNS = now
+	}
+	w.lookNS = now
+	silent, letter, tooLong := s.silence(o, now, w.wokeNS)
 	if !tooLong {
 		return
 	}
@@ -157,10 +166,10 @@ func (w *watcher) look(ctx context.Context) {
 	w.replace(ctx, o, fmt.Sprintf("gave no sign of life for %v (state %c)", silent.Round(time.Millisecond), letter))
 }
 
-// silence is for how long a living occupant gave no sign of life, its state, and
-// whether that is too long.
-func (s *seat) silence(o occupant, now int64) (silent time.Duration, letter byte, tooLong bool) {
-	silent = time.Duration(now - s.beatNS.Load())
+// silence is for how long a living occupant gave no sign of life to who listens
+// since then, its state, and whether that is too long.
+func (s *seat) silence(o occupant, now, since int64) (silent time.Duration, letter byte, tooLong bool) {
+	silent = time.Duration(now - max(since, s.beatNS.Load()))
 	if silent < frozenAfter {
 		return silent, 0, false
 	}
@@ -176,7 +185,7 @@ func (s *seat) lifeless(now int64) bool {
 	if !present(o) {
 		return true
 	}
-	_, _, tooLong := s.silence(o, now)
+	_, _, tooLong := s.silence(o, now, 0)
 	return tooLong
 }
 
