@@ -325,7 +325,7 @@ func TestInterrupt(t *testing.T) {
 			r := s.wait(t, time.Minute)
 			b.wantReached(t, 1)
 			if r.code == exitOK && command == "remove-fd" {
-				t.Skip("it was done before the signal was seen")
+				return // it was done before the signal was seen, which is as good
 			}
 			f := wantFailure(t, r, exitCancelled, "interrupted")
 			if f.Op != "checkpoint" || strings.Contains(f.Message, "\n") || strings.Contains(f.Message, "context canceled") || strings.Contains(f.Message, "timeout") {
