@@ -4,13 +4,9 @@ import (
 	"context"
 	"errors"
 	"os"
-	"runtime"
-	"sync"
-	"time"
-
-	"golang.org/x/sys/unix"
 
 	"github.com/ckagent/ckagent/agent/guardian"
+	"github.com/ckagent/ckagent/agent/heartbeat"
 	"github.com/ckagent/ckagent/agent/problem"
 )
 
@@ -24,13 +20,12 @@ type watch struct {
 	cow     *cow // nil in other modes
 	s       *session
 
-	beat sync.WaitGroup
-	stop chan struct{}
+	beat *heartbeat.Heart
 }
 
 // startWatch starts the helper processes. Nothing has been done to the VM yet.
 func startWatch(ctx context.Context, s *session) (w *watch, err error) {
-	w = &watch{s: s, stop: make(chan struct{})}
+	w = &watch{s: s}
 	defer func() {
 		if err != nil {
 			err = errors.Join(err, w.close(ctx))
@@ -64,28 +59,11 @@ func startWatch(ctx context.Context, s *session) (w *watch, err error) {
 		return w, err
 	}
 	w.control.BeatAgent()
-	w.beat.Go(w.beating)
+	if w.beat, err = heartbeat.Start(guardian.BeatEvery, w.control.BeatAgent); err != nil {
+		return w, fail(err)
+	}
 	w.control.Engaged.Store(1)
 	return w, nil
-}
-
-// beating leaves our sign of life until the watch is closed. Its thread is a bit
-// more equal than others: on a host without time it is not the beat that should
-// come late, or the guardian ends an agent that only had to wait.
-func (w *watch) beating() {
-	runtime.LockOSThread()
-	// Not unlocked: the thread ends with the goroutine, and its priority with it.
-	_ = unix.Setpriority(unix.PRIO_PROCESS, unix.Gettid(), -15) // best effort: needs privilege
-	tick := time.NewTicker(guardian.BeatEvery)
-	defer tick.Stop()
-	for {
-		select {
-		case <-tick.C:
-			w.control.BeatAgent()
-		case <-w.stop:
-			return
-		}
-	}
 }
 
 // healthy refuses to stop a VM that nobody could resume for us.
@@ -135,8 +113,9 @@ func (w *watch) close(ctx context.Context) error {
 	if w.control != nil {
 		w.control.Engaged.Store(0)
 	}
-	close(w.stop)
-	w.beat.Wait()
+	if w.beat != nil {
+		errs = append(errs, w.beat.Stop())
+	}
 	if w.guard != nil {
 		errs = append(errs, w.guard.Stop(ctx))
 	}

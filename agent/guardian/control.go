@@ -7,6 +7,8 @@ import (
 	"time"
 
 	"golang.org/x/sys/unix"
+
+	"github.com/ckagent/ckagent/agent/heartbeat"
 )
 
 // Times that both sides must agree on.
@@ -55,12 +57,7 @@ type Control struct {
 }
 
 // Now is the clock of all beats: CLOCK_MONOTONIC in nanoseconds.
-func Now() int64 {
-	var ts unix.Timespec
-	// It cannot fail: the clock exists and the pointer is good.
-	_ = unix.ClockGettime(unix.CLOCK_MONOTONIC, &ts)
-	return ts.Nano()
-}
+func Now() int64 { return heartbeat.NowNS() }
 
 // BeatAgent, BeatServer and beatGuardian leave a sign of life.
 func (c *Control) BeatAgent()    { c.AgentBeatNS.Store(Now()) }

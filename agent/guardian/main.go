@@ -181,8 +181,9 @@ func (g *child) run(ctx context.Context) error {
 		case takeOver, tidy:
 			return g.takeOver(ctx, why, what == takeOver)
 		case killServer:
-			end(serverFD, g.Server.PID, g.home, tickEvery)
+			// First: the agent sees the end of the server's socket at once and asks.
 			g.control.GuardianActed.Store(uint32(ServerKilled))
+			end(serverFD, g.Server.PID, g.home, tickEvery)
 			g.serverDead = true // as far as watching goes; its pidfd is still polled
 		}
 	}

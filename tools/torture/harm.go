@@ -79,6 +79,23 @@ func (c *cage) remove() {
 }
 
 // harm does the action to processes. The returned undo is for those that live.
+// starve moves a process's threads into the starved group, all but those that the
+// kernel keeps out of groups without a share of real-time.
+func (c *cage) starve(pid int) error {
+	threads, err := os.ReadDir(fmt.Sprintf("/proc/%d/task", pid))
+	if err != nil {
+		return err
+	}
+	var errs []error
+	for _, t := range threads {
+		err := within(filepath.Join(c.cpu, "tasks"), t.Name())
+		if !errors.Is(err, unix.EINVAL) && !errors.Is(err, unix.ESRCH) {
+			errs = append(errs, err)
+		}
+	}
+	return errors.Join(errs...)
+}
+
 func (c *cage) harm(a Action, victims []*Proc) (undo func(), err error) {
 	undo = func() {}
 	switch a {
@@ -105,7 +122,7 @@ func (c *cage) harm(a Action, victims []*Proc) (undo func(), err error) {
 		// 1 ms in 100 ms.
 		err = errors.Join(within(filepath.Join(c.cpu, "cpu.cfs_period_us"), "100000"), within(filepath.Join(c.cpu, "cpu.cfs_quota_us"), "1000"))
 		for _, p := range victims {
-			err = errors.Join(err, within(filepath.Join(c.cpu, "cgroup.procs"), strconv.Itoa(p.PID)))
+			err = errors.Join(err, c.starve(p.PID))
 		}
 		return c.open, err
 	case None:

@@ -19,6 +19,7 @@ const (
 	// maxRingPages bounds a ring to 1 GiB, far above any sane arena.
 	maxRingPages = 1 << 18
 	maxRings     = 64
+	populateStep = 1 << 20
 )
 
 // ErrCorrupt says that the shared memory holds what no correct peer writes.
@@ -116,8 +117,12 @@ func (a *Arena) Ring(i int) *Ring { return a.rings[i] }
 // Populate makes every page of the mapping present, so that no page fault of
 // our own is served while a guest waits.
 func (a *Arena) Populate() error {
-	if err := unix.Madvise(a.mem, unix.MADV_POPULATE_WRITE); err != nil && !errors.Is(err, unix.EINVAL) {
-		return fmt.Errorf("arena: populate %d bytes: %w", len(a.mem), err)
+	// In steps: each holds the address space, which starting a thread needs too.
+	for at := 0; at < len(a.mem); at += populateStep {
+		step := a.mem[at:min(at+populateStep, len(a.mem))]
+		if err := unix.Madvise(step, unix.MADV_POPULATE_WRITE); err != nil && !errors.Is(err, unix.EINVAL) {
+			return fmt.Errorf("arena: populate %d bytes: %w", len(step), err)
+		}
 	}
 	return nil
 }

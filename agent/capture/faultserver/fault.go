@@ -7,6 +7,7 @@ import (
 	"time"
 
 	"github.com/ckagent/ckagent/agent/capture/arena"
+	"github.com/ckagent/ckagent/agent/heartbeat"
 	"github.com/ckagent/ckagent/uffd"
 	"golang.org/x/sys/unix"
 )
@@ -38,7 +39,7 @@ type faultThread struct {
 // thread that is left there touches nothing.
 func (t *faultThread) run() {
 	runtime.LockOSThread()
-	realtime()
+	heartbeat.Realtime()
 	var msgs [16]uffd.Msg
 	for {
 		n, errno := t.s.h.ReadRaw(msgs[:])

@@ -14,6 +14,7 @@ import (
 	"golang.org/x/sys/unix"
 
 	"github.com/ckagent/ckagent/agent/capture/arena"
+	"github.com/ckagent/ckagent/agent/heartbeat"
 )
 
 // Descriptors a fault server inherits.
@@ -62,11 +63,11 @@ func Main(d Deps) (err error) {
 	if err != nil {
 		return err
 	}
-	hb, err := startHeartbeat(beat)
+	hb, err := heartbeat.Start(beatEvery, beat)
 	if err != nil {
 		return err
 	}
-	defer func() { err = errors.Join(err, hb.close()) }()
+	defer func() { err = errors.Join(err, hb.Stop()) }()
 	a, err := arena.Open(os.NewFile(arenaFD, "arena"))
 	if err != nil {
 		return err
