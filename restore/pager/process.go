@@ -208,7 +208,14 @@ func (w *Warm) Start(ctx context.Context, cfg Config) (_ *Process, err error) {
 			return nil, problem.New(problem.CodeOf(err), "start pager", cfg.RunDir, "%w", err)
 		}
 		w.ctl.waitPhase(PhaseConfigured, beatEvery)
-		w.children = reap(w.children)
+		// One of the two starts the other again. If both have ended, and whom they
+		// started as well, nobody is left to.
+		if w.children = reap(w.children); len(w.children) == 0 && !present(w.ctl.worker.occupant()) && !present(w.ctl.supervisor.occupant()) &&
+			w.ctl.phaseNow() == PhaseConfigured {
+			w.ctl.advance(PhaseFailed)
+			return nil, problem.New(problem.Failed, "start pager", cfg.RunDir, "both of its processes ended before they could serve").
+				WithHint("somebody killed them; restore again")
+		}
 	}
 	switch w.ctl.phaseNow() {
 	case PhaseFailed:
