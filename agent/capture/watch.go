@@ -107,7 +107,9 @@ func (w *watch) close(ctx context.Context) error {
 	if w.cow != nil {
 		errs = append(errs, w.cow.srv.Close())
 	}
-	if w.control != nil && w.control.Stopped.Load() != 0 {
+	if w.control != nil && (w.control.Stopped.Load() != 0 || w.s.target.QMP.Err() != nil) {
+		// Also where nothing is stopped: a descriptor that QEMU was lent over the
+		// lost connection stays there while another monitor is connected.
 		errs = append(errs, w.mend(ctx))
 	}
 	if w.control != nil {

@@ -52,10 +52,10 @@ func campaign(t *testing.T) (*Campaign, *bytes.Buffer) {
 // TestKillMatrix is the campaign in small: one round per kind of harm.
 func TestKillMatrix(t *testing.T) {
 	c, _ := campaign(t)
-	var missed []string
+	var missed []Round
 	c.Record = func(o Outcome) {
 		if !o.Acted && o.Victim != Nobody {
-			missed = append(missed, o.Round.String())
+			missed = append(missed, o.Round)
 		}
 		if len(o.Exceptions) > 0 {
 			t.Errorf("%s: %v\n%s", o.Round, o.Exceptions, o.Log)
@@ -65,6 +65,14 @@ func TestKillMatrix(t *testing.T) {
 	defer cancel()
 	if err := c.Checkpoints(ctx, Sizes["256 MiB"], SmallRounds()); err != nil {
 		t.Fatal(err)
+	}
+	// On a busy host a run may be over, or given up, before its instant comes.
+	for try := 0; try < 3 && len(missed) > 0; try++ {
+		again := missed
+		missed = nil
+		if err := c.Checkpoints(ctx, Sizes["256 MiB"], again); err != nil {
+			t.Fatal(err)
+		}
 	}
 	if len(missed) > 2 {
 		t.Errorf("%d instants did not come: %v", len(missed), missed)
