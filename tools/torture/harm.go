@@ -78,7 +78,6 @@ func (c *cage) remove() {
 	}
 }
 
-// harm does the action to processes. The returned undo is for those that live.
 // starve moves a process's threads into the starved group, all but those that the
 // kernel keeps out of groups without a share of real-time.
 func (c *cage) starve(pid int) error {
@@ -96,6 +95,7 @@ func (c *cage) starve(pid int) error {
 	return errors.Join(errs...)
 }
 
+// harm does the action to processes. The returned undo is for those that live.
 func (c *cage) harm(a Action, victims []*Proc) (undo func(), err error) {
 	undo = func() {}
 	switch a {
