@@ -86,11 +86,20 @@ func (r *Ring) WaitRecords(n int, wait time.Duration) bool {
 // waitSpace waits until the data pages up to position end and so many record slots
 // are free.
 func (r *Ring) waitSpace(end, records uint64, wait time.Duration) bool {
+	return await(&r.h.tailSeq, &r.h.producerWaits, wait, func() bool {
+		return end-atomic.LoadUint64(&r.h.tailPage) <= r.pages &&
+			r.headSlot+records-atomic.LoadUint64(&r.h.tailSlot) <= uint64(len(r.slots))
+	})
+}
+
+// await waits until ready, looking again whenever the peer has changed seq; waits
+// tells the peer that somebody sleeps. The sequence is read before ready looks, so
+// a change in between ends the sleep at once.
+func await(seq, waits *uint32, wait time.Duration, ready func() bool) bool {
 	var deadline time.Time
 	for {
-		seq := atomic.LoadUint32(&r.h.tailSeq)
-		if end-atomic.LoadUint64(&r.h.tailPage) <= r.pages &&
-			r.headSlot+records-atomic.LoadUint64(&r.h.tailSlot) <= uint64(len(r.slots)) {
+		seen := atomic.LoadUint32(seq)
+		if ready() {
 			return true
 		}
 		now := time.Now()
@@ -101,11 +110,11 @@ func (r *Ring) waitSpace(end, records uint64, wait time.Duration) bool {
 		if left <= 0 {
 			return false
 		}
-		atomic.StoreUint32(&r.h.producerWaits, 1)
-		if atomic.LoadUint32(&r.h.tailSeq) == seq {
-			futexWait(&r.h.tailSeq, seq, left)
+		atomic.StoreUint32(waits, 1)
+		if atomic.LoadUint32(seq) == seen {
+			futexWait(seq, seen, left)
 		}
-		atomic.StoreUint32(&r.h.producerWaits, 0)
+		atomic.StoreUint32(waits, 0)
 	}
 }
 
@@ -177,26 +186,9 @@ func (r *Ring) Next(wait time.Duration) (rec Record, ok, done bool, err error) {
 }
 
 func (r *Ring) waitRecord(wait time.Duration) bool {
-	var deadline time.Time
-	for {
-		seq := atomic.LoadUint32(&r.h.headSeq)
-		if atomic.LoadUint64(&r.h.headSlot) != r.tailSlot {
-			return true
-		}
-		now := time.Now()
-		if deadline.IsZero() {
-			deadline = now.Add(wait)
-		}
-		left := deadline.Sub(now)
-		if left <= 0 {
-			return false
-		}
-		atomic.StoreUint32(&r.h.consumerWaits, 1)
-		if atomic.LoadUint32(&r.h.headSeq) == seq {
-			futexWait(&r.h.headSeq, seq, left)
-		}
-		atomic.StoreUint32(&r.h.consumerWaits, 0)
-	}
+	return await(&r.h.headSeq, &r.h.consumerWaits, wait, func() bool {
+		return atomic.LoadUint64(&r.h.headSlot) != r.tailSlot
+	})
 }
 
 // Done gives the last record's data back to the producer.
