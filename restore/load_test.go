@@ -127,11 +127,7 @@ func TestFeedSent(t *testing.T) {
 	if _, err := io.Copy(io.Discard, io.LimitReader(f.read, 8<<20)); err != nil {
 		t.Fatal(err)
 	}
-	for deadline := time.Now().Add(5 * time.Second); !f.sent(); {
-		if _, err := unix.Poll(nil, 1); err != nil || time.Now().After(deadline) {
-			t.Fatal("not sent, though all of it was read")
-		}
-	}
+	eventually(t, 5*time.Second, "all of it was read, so it is sent", f.sent)
 	f.close()
 }
 
@@ -168,14 +164,10 @@ func TestHangIsLeftAlone(t *testing.T) {
 		t.Error(err)
 	}
 	// The pager was let go: it drains, and ends.
-	for deadline := time.Now().Add(20 * time.Second); ; {
-		if _, err := os.Stat(filepath.Join(res.RunDir, "pager.json")); os.IsNotExist(err) {
-			break
-		}
-		if _, err := unix.Poll(nil, 20); err != nil || time.Now().After(deadline) {
-			t.Fatal("the pager has not finished")
-		}
-	}
+	eventually(t, 20*time.Second, "the pager finishes", func() bool {
+		_, err := os.Stat(filepath.Join(res.RunDir, "pager.json"))
+		return os.IsNotExist(err)
+	})
 	attached(t, res)
 }
 

@@ -7,6 +7,7 @@ import (
 	"slices"
 	"strings"
 	"testing"
+	"time"
 
 	"github.com/ckagent/ckagent/restore/pager"
 	"github.com/ckagent/ckagent/tools/guest"
@@ -141,13 +142,37 @@ func attached(t *testing.T, res *Result) {
 			}
 		}
 	}
+	// The last thing a pager does is to end, after it has said in its run directory
+	// that it is done.
+	eventually(t, 10*time.Second, "the pager's processes end", func() bool { return len(pagersOf(t, res.RunDir)) == 0 })
+}
+
+// eventually fails the test if the condition has not come true within the limit.
+func eventually(t *testing.T, limit time.Duration, what string, condition func() bool) {
+	t.Helper()
+	again := time.NewTicker(10 * time.Millisecond)
+	defer again.Stop()
+	for deadline := time.After(limit); !condition(); {
+		select {
+		case <-again.C:
+		case <-deadline:
+			t.Fatalf("waited %v in vain: %s", limit, what)
+		}
+	}
+}
+
+// pagersOf are the command lines of the pagers and supervisors of a run directory.
+func pagersOf(t *testing.T, runDir string) []string {
+	t.Helper()
 	out, err := exec.Command("ps", "-eo", "args").Output()
 	if err != nil {
 		t.Fatal(err)
 	}
+	var found []string
 	for line := range strings.Lines(string(out)) {
-		if strings.Contains(line, res.RunDir) && (strings.Contains(line, pager.VerbWorker) || strings.Contains(line, pager.VerbSupervisor)) {
-			t.Errorf("still there: %s", line)
+		if strings.Contains(line, runDir) && (strings.Contains(line, pager.VerbWorker) || strings.Contains(line, pager.VerbSupervisor)) {
+			found = append(found, line)
 		}
 	}
+	return found
 }
