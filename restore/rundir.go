@@ -3,7 +3,6 @@ package restore
 import (
 	"encoding/json"
 	"errors"
-	"fmt"
 	"os"
 	"path/filepath"
 	"strconv"
@@ -15,6 +14,7 @@ import (
 
 	"github.com/ckagent/ckagent/agent/cgroup"
 	"github.com/ckagent/ckagent/agent/problem"
+	"github.com/ckagent/ckagent/agent/procstat"
 	"github.com/ckagent/ckagent/restore/liveness"
 )
 
@@ -71,21 +71,13 @@ func (id identity) end() {
 	}
 }
 
-// startTicks reads field 22 of /proc/PID/stat; a zombie counts as gone.
+// startTicks is when a process started; one that only waits to be reaped counts as gone.
 func startTicks(pid int) (uint64, error) {
-	raw, err := os.ReadFile("/proc/" + strconv.Itoa(pid) + "/stat")
-	if err != nil {
-		return 0, err
+	s, err := procstat.Read(pid)
+	if err == nil && s.Ended() {
+		err = unix.ESRCH
 	}
-	n := strings.LastIndexByte(string(raw), ')')
-	f := strings.Fields(string(raw[n+1:]))
-	if n < 0 || len(f) < 20 {
-		return 0, fmt.Errorf("/proc/%d/stat: %q", pid, raw)
-	}
-	if f[0] == "Z" || f[0] == "X" {
-		return 0, unix.ESRCH
-	}
-	return strconv.ParseUint(f[19], 10, 64)
+	return s.StartTicks, err
 }
 
 // runDir is the private directory of one restored VM.

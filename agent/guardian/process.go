@@ -1,17 +1,15 @@
 package guardian
 
 import (
-	"bytes"
 	"errors"
 	"fmt"
 	"os"
-	"strconv"
-	"strings"
 	"time"
 
 	"golang.org/x/sys/unix"
 
 	"github.com/ckagent/ckagent/agent/cgroup"
+	"github.com/ckagent/ckagent/agent/procstat"
 )
 
 // identity names a process against reuse of its pid.
@@ -22,31 +20,17 @@ type identity struct {
 
 // identify reads the identity of a live process; zombies do not count.
 func identify(pid int) (identity, error) {
-	id, state, err := readIdentity(pid)
-	if err == nil && (state == "Z" || state == "X") {
+	id, s, err := readIdentity(pid)
+	if err == nil && s.Ended() {
 		err = fmt.Errorf("pid %d: %w", pid, os.ErrProcessDone)
 	}
 	return id, err
 }
 
-// readIdentity reads the identity of a process and the state of its first thread,
-// which may have ended before the others.
-func readIdentity(pid int) (id identity, state string, err error) {
-	b, err := os.ReadFile("/proc/" + strconv.Itoa(pid) + "/stat")
-	if err != nil {
-		return identity{}, "", err
-	}
-	// The name may contain anything; what follows the last ')' is regular.
-	i := bytes.LastIndexByte(b, ')')
-	f := strings.Fields(string(b[i+1:]))
-	if i < 0 || len(f) < 20 {
-		return identity{}, "", fmt.Errorf("not a stat line: %.80q", b)
-	}
-	start, err := strconv.ParseUint(f[19], 10, 64)
-	if err != nil {
-		return identity{}, "", err
-	}
-	return identity{PID: pid, StartTicks: start}, f[0], nil
+// readIdentity reads the identity of a process, which may have ended.
+func readIdentity(pid int) (identity, procstat.Stat, error) {
+	s, err := procstat.Read(pid)
+	return identity{PID: pid, StartTicks: s.StartTicks}, s, err
 }
 
 // alive reports whether this very process exists.

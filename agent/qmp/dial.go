@@ -14,6 +14,7 @@ import (
 	"golang.org/x/sys/unix"
 
 	"github.com/ckagent/ckagent/agent/problem"
+	"github.com/ckagent/ckagent/agent/procstat"
 )
 
 const opDial = "connect to monitor"
@@ -115,7 +116,7 @@ func dialProblem(ctx context.Context, e Endpoint, err error) error {
 func busy(e Endpoint, p *problem.Error) {
 	p.Code, p.Retryable = problem.Busy, true
 	if e.PID > 0 {
-		if st, err := readStat(e.PID); err == nil && (st.state == 'T' || st.state == 't') {
+		if st, err := procstat.Read(e.PID); err == nil && st.Stopped() {
 			p.WithHint("QEMU, pid %d, is itself stopped by a signal or a debugger; let it go on with kill -CONT %d", e.PID, e.PID)
 			return
 		}

@@ -10,6 +10,8 @@ import (
 	"strings"
 
 	"golang.org/x/sys/unix"
+
+	"github.com/ckagent/ckagent/agent/procstat"
 )
 
 const maxProcBytes = 8 << 20 // a command line may take up to 6 MiB
@@ -61,10 +63,10 @@ func (p peerProcess) exited() answer {
 			result = yes
 			return
 		}
-		st, err := parseStat(buf[:n])
+		st, err := procstat.Parse(buf[:n])
 		switch {
 		case err != nil:
-		case st.state == 'Z' || st.state == 'X' || st.flags&pfExiting != 0:
+		case st.Exiting():
 			result = yes
 		default:
 			result = no
@@ -77,39 +79,6 @@ func (p peerProcess) close() {
 	if p.dir != nil {
 		_ = p.dir.Close()
 	}
-}
-
-const pfExiting = 0x4 // PF_EXITING of include/linux/sched.h
-
-type procStat struct {
-	comm  string
-	state byte
-	flags uint64
-}
-
-// parseStat reads /proc/PID/stat; the name may contain anything.
-func parseStat(b []byte) (procStat, error) {
-	l, r := bytes.IndexByte(b, '('), bytes.LastIndexByte(b, ')')
-	if l < 0 || r < l {
-		return procStat{}, fmt.Errorf("malformed stat %.60q", b)
-	}
-	f := strings.Fields(string(b[r+1:]))
-	if len(f) < 7 || len(f[0]) != 1 {
-		return procStat{}, fmt.Errorf("malformed stat %.60q", b)
-	}
-	flags, err := strconv.ParseUint(f[6], 10, 64)
-	if err != nil {
-		return procStat{}, fmt.Errorf("malformed stat %.60q: %w", b, err)
-	}
-	return procStat{comm: string(b[l+1 : r]), state: f[0][0], flags: flags}, nil
-}
-
-func readStat(pid int) (procStat, error) {
-	b, err := readProc(pid, "stat")
-	if err != nil {
-		return procStat{}, err
-	}
-	return parseStat(b)
 }
 
 func procPath(pid int, elem ...string) string {
@@ -195,11 +164,11 @@ func ownerOf(inode uint64) (pid int, comm string, ok bool) {
 			continue // not ours to look into, or gone
 		}
 		if _, ok := held[inode]; ok {
-			st, err := readStat(pid)
+			st, err := procstat.Read(pid)
 			if err != nil {
 				continue
 			}
-			return pid, st.comm, true
+			return pid, st.Comm, true
 		}
 	}
 	return 0, "", false

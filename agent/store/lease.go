@@ -14,6 +14,7 @@ import (
 
 	"github.com/ckagent/ckagent/agent/image/fsys"
 	"github.com/ckagent/ckagent/agent/problem"
+	"github.com/ckagent/ckagent/agent/procstat"
 )
 
 // Role says what the holder of a lease does with the checkpoint.
@@ -80,36 +81,18 @@ func self() (identity, error) {
 		return id, err
 	}
 	id.pidSpace = strings.TrimSuffix(strings.TrimPrefix(space, "pid:["), "]")
-	var zombie bool
-	id.startTicks, zombie, err = startTicks(id.pid)
-	if err == nil && zombie {
-		err = errors.New("own process is a zombie")
-	}
+	self, err := procstat.Read(id.pid)
+	id.startTicks = self.StartTicks
 	return id, err
-}
-
-// startTicks reads when a process started; zombie if it only waits to be reaped.
-func startTicks(pid int) (ticks uint64, zombie bool, err error) {
-	data, err := os.ReadFile(fmt.Sprintf("/proc/%d/stat", pid))
-	if err != nil {
-		return 0, false, err
-	}
-	// The name in parentheses may contain anything, also parentheses.
-	f := strings.Fields(string(data[bytes.LastIndexByte(data, ')')+1:]))
-	if len(f) < 20 {
-		return 0, false, fmt.Errorf("/proc/%d/stat has %d fields", pid, len(f))
-	}
-	ticks, err = strconv.ParseUint(f[19], 10, 64)
-	return ticks, f[0] == "Z" || f[0] == "X", err
 }
 
 // processAlive says no only if it is certain.
 func processAlive(pid int, start uint64) bool {
-	ticks, zombie, err := startTicks(pid)
+	s, err := procstat.Read(pid)
 	if errors.Is(err, fs.ErrNotExist) {
 		return false
 	}
-	return err != nil || (ticks == start && !zombie)
+	return err != nil || (s.StartTicks == start && !s.Ended())
 }
 
 func (id identity) leaseName(r Role, nonce uint32) string {

@@ -16,6 +16,7 @@ import (
 	"github.com/ckagent/ckagent/agent/image/fsys"
 	"github.com/ckagent/ckagent/agent/image/fsys/memfs"
 	"github.com/ckagent/ckagent/agent/problem"
+	"github.com/ckagent/ckagent/agent/procstat"
 )
 
 // with is the store as seen by somebody else.
@@ -165,10 +166,11 @@ func TestProcessAlive(t *testing.T) {
 	if _, err := bufio.NewReader(out).ReadString('\n'); err != nil {
 		t.Fatal(err)
 	}
-	ticks, zombie, err := startTicks(pid)
-	if err != nil || zombie {
-		t.Fatal(ticks, zombie, err)
+	s, err := procstat.Read(pid)
+	if err != nil || s.Ended() {
+		t.Fatal(s, err)
 	}
+	ticks := s.StartTicks
 	if !processAlive(pid, ticks) {
 		t.Error("a running process is not alive")
 	}

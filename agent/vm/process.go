@@ -11,6 +11,7 @@ import (
 	"sync"
 
 	"github.com/ckagent/ckagent/agent/problem"
+	"github.com/ckagent/ckagent/agent/procstat"
 	"golang.org/x/sys/unix"
 )
 
@@ -159,19 +160,15 @@ var errNoProgram = errors.New("no executable")
 // read fills the identity from /proc.
 func (p *Process) read() error {
 	dir := "/proc/" + strconv.Itoa(p.PID)
-	raw, err := readBounded(dir+"/stat", 64<<10)
+	st, err := procstat.Read(p.PID)
 	if err != nil {
 		return err
 	}
-	st, err := parseStat(raw)
-	if err != nil {
-		return err
+	if st.PID != p.PID {
+		return fmt.Errorf("/proc shows pid %d for %d: another pid namespace", st.PID, p.PID)
 	}
-	if st.pid != p.PID {
-		return fmt.Errorf("/proc shows pid %d for %d: another pid namespace", st.pid, p.PID)
-	}
-	p.Comm, p.PPID, p.StartTicks = st.comm, st.ppid, st.start
-	raw, err = readBounded(dir+"/status", 1<<20)
+	p.Comm, p.PPID, p.StartTicks = st.Comm, st.PPID, st.StartTicks
+	raw, err := readBounded(dir+"/status", 1<<20)
 	if err != nil {
 		return err
 	}

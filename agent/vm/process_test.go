@@ -210,22 +210,6 @@ func TestAllowedBinary(t *testing.T) {
 	}
 }
 
-func TestParseStat(t *testing.T) {
-	raw := "42 (evil) (name)) S 1 42 42 0 -1 4194560 1 2 3 4 5 6 7 8 20 0 1 0 987654321 1 2 3"
-	st, err := parseStat([]byte(raw))
-	if err != nil {
-		t.Fatal(err)
-	}
-	if want := (stat{pid: 42, ppid: 1, comm: "evil) (name)", state: 'S', start: 987654321}); st != want {
-		t.Errorf("got %+v, want %+v", st, want)
-	}
-	for _, bad := range []string{"", "1", "1 (a) S 1", "x (a) S 1 42 42 0 -1 0 1 2 3 4 5 6 7 8 20 0 1 0 9", ")("} {
-		if _, err := parseStat([]byte(bad)); err == nil {
-			t.Errorf("parseStat(%q) succeeded", bad)
-		}
-	}
-}
-
 func TestParseCmdlineKeepsEmptyArguments(t *testing.T) {
 	got := parseCmdline([]byte("qemu\x00-append\x00\x00-S\x00"))
 	if len(got) != 4 || got[2] != "" || got[3] != "-S" {
@@ -237,16 +221,12 @@ func TestParseCmdlineKeepsEmptyArguments(t *testing.T) {
 }
 
 func FuzzProcfs(f *testing.F) {
-	for _, name := range []string{"stat", "status", "cgroup", "limits"} {
+	for _, name := range []string{"status", "cgroup", "limits"} {
 		if b, err := os.ReadFile("/proc/self/" + name); err == nil {
 			f.Add(b)
 		}
 	}
-	f.Add([]byte("1 (a) b) S 1 42 42 0 -1 0 1 2 3 4 5 6 7 8 20 0 1 0 9"))
 	f.Fuzz(func(t *testing.T, b []byte) {
-		if st, err := parseStat(b); err == nil && st.state == 0 {
-			t.Error("a stat without a state")
-		}
 		if s, err := parseStatus(b); err == nil && (s.uid < 0 || s.gid < 0) {
 			t.Error("a status without ids")
 		}

@@ -1,7 +1,6 @@
 package vm
 
 import (
-	"bytes"
 	"errors"
 	"fmt"
 	"io"
@@ -46,42 +45,6 @@ func readBounded(path string, limit int64) ([]byte, error) {
 		return nil, fmt.Errorf("read %s: %w", path, errTooLarge)
 	}
 	return b, nil
-}
-
-type stat struct {
-	pid, ppid int
-	comm      string
-	state     byte
-	start     uint64 // clock ticks since boot
-}
-
-// parseStat reads /proc/PID/stat. comm may hold blanks and parentheses, so the
-// fields are counted from the last ')'.
-func parseStat(raw []byte) (stat, error) {
-	var st stat
-	bad := func(what string) (stat, error) { return stat{}, fmt.Errorf("stat: no %s in %.80q", what, raw) }
-	open, closed := bytes.IndexByte(raw, '('), bytes.LastIndexByte(raw, ')')
-	if open < 0 || closed < open {
-		return bad("comm")
-	}
-	var err error
-	if st.pid, err = strconv.Atoi(strings.TrimSpace(string(raw[:open]))); err != nil {
-		return bad("pid")
-	}
-	st.comm = string(raw[open+1 : closed])
-	f := strings.Fields(string(raw[closed+1:]))
-	const stateField, ppidField, startField = 3, 4, 22 // as numbered in proc(5); f[0] is field 3
-	if len(f) <= startField-stateField || len(f[0]) != 1 {
-		return bad("start time")
-	}
-	st.state = f[0][0]
-	if st.ppid, err = strconv.Atoi(f[ppidField-stateField]); err != nil {
-		return bad("ppid")
-	}
-	if st.start, err = strconv.ParseUint(f[startField-stateField], 10, 64); err != nil {
-		return bad("start time")
-	}
-	return st, nil
 }
 
 type status struct {

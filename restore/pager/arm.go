@@ -10,6 +10,7 @@ import (
 	"golang.org/x/sys/unix"
 
 	"github.com/ckagent/ckagent/agent/problem"
+	"github.com/ckagent/ckagent/agent/procstat"
 	"github.com/ckagent/ckagent/uffd"
 	"github.com/ckagent/ckagent/uffd/pagemap"
 )
@@ -20,8 +21,8 @@ func openTarget(cfg *Config) (pidfd int, err error) {
 	if err != nil {
 		return -1, gone(fmt.Errorf("pidfd of %d: %w", cfg.QEMUPID, err))
 	}
-	ticks, _, err := startTicks(cfg.QEMUPID)
-	if err == nil && cfg.QEMUStart != 0 && ticks != cfg.QEMUStart {
+	qemu, err := procstat.Read(cfg.QEMUPID)
+	if err == nil && cfg.QEMUStart != 0 && qemu.StartTicks != cfg.QEMUStart {
 		err = fmt.Errorf("%w: pid %d is another process now", uffd.ErrGone, cfg.QEMUPID)
 	}
 	if err != nil {

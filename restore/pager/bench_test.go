@@ -19,6 +19,7 @@ import (
 	"github.com/loopholelabs/userfaultfd-go/pkg/mapper"
 
 	"github.com/ckagent/ckagent/agent/image"
+	"github.com/ckagent/ckagent/agent/procstat"
 )
 
 // The comparison is asked for by CKAGENT_BENCH=1: it takes seconds of both cores.
@@ -158,7 +159,9 @@ func startTouch(tb testing.TB, spec touchSpec) *target {
 	t.out = bufio.NewReader(out)
 	tb.Cleanup(func() { _ = cmd.Process.Kill(); _ = cmd.Wait() })
 	t.recv(&t.hello)
-	if t.start, _, err = startTicks(cmd.Process.Pid); err != nil {
+	if stat, err := procstat.Read(cmd.Process.Pid); err == nil {
+		t.start = stat.StartTicks
+	} else {
 		tb.Fatal(err)
 	}
 	return t

@@ -27,7 +27,7 @@ func newHold(cfg *Config, ctl *control) *hold {
 	}
 	fd, err := unix.PidfdOpen(cfg.StarterPID, 0)
 	if err == nil {
-		if ticks, _, serr := startTicks(cfg.StarterPID); serr == nil && ticks == cfg.StarterStart {
+		if (occupant{cfg.StarterPID, cfg.StarterStart}).exists() {
 			h.starter = fd
 			return h
 		}

@@ -21,6 +21,7 @@ import (
 
 	"github.com/ckagent/ckagent/agent/image"
 	"github.com/ckagent/ckagent/agent/problem"
+	"github.com/ckagent/ckagent/agent/procstat"
 )
 
 const verbTarget = "__target"
@@ -167,7 +168,9 @@ func startTarget(tb testing.TB, spec targetSpec) *target {
 		_ = cmd.Wait()
 	})
 	t.recv(&t.hello)
-	if t.start, _, err = startTicks(cmd.Process.Pid); err != nil {
+	if stat, err := procstat.Read(cmd.Process.Pid); err == nil {
+		t.start = stat.StartTicks
+	} else {
 		tb.Fatal(err)
 	}
 	return t

@@ -15,6 +15,7 @@ import (
 	"golang.org/x/sys/unix"
 
 	"github.com/ckagent/ckagent/agent/problem"
+	"github.com/ckagent/ckagent/agent/procstat"
 	"github.com/ckagent/ckagent/uffd/pagemap"
 )
 
@@ -379,14 +380,14 @@ func killBoth(t *testing.T, st Stats) {
 		}
 	}
 	for _, pid := range []int{st.SupervisorPID, st.WorkerPID} {
-		ticks, _, err := startTicks(pid)
+		s, err := procstat.Read(pid)
 		if err != nil {
 			t.Fatal(err)
 		}
 		if err := unix.Kill(pid, unix.SIGKILL); err != nil {
 			t.Fatal(err)
 		}
-		waitFor(t, "death", 5*time.Second, func() bool { return !present(occupant{pid, ticks}) })
+		waitFor(t, "death", 5*time.Second, func() bool { return !present(occupant{pid, s.StartTicks}) })
 	}
 }
 
@@ -457,10 +458,11 @@ func TestHoldEnds(t *testing.T) {
 		tg := startTarget(t, targetSpec{Blocks: blocks, Threads: 1})
 		cfg := tg.config(t, dir, blocks)
 		cfg.NoDrain, cfg.StarterPID = true, starter.Process.Pid
-		var err error
-		if cfg.StarterStart, _, err = startTicks(cfg.StarterPID); err != nil {
+		s, err := procstat.Read(cfg.StarterPID)
+		if err != nil {
 			t.Fatal(err)
 		}
+		cfg.StarterStart = s.StartTicks
 		p := tg.serve(t, cfg)
 		tg.ask("go")
 		waitFor(t, "faults", 5*time.Second, func() bool { return p.Stats().Faults > 20 })

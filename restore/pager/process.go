@@ -14,6 +14,7 @@ import (
 
 	"github.com/ckagent/ckagent/agent/cgroup"
 	"github.com/ckagent/ckagent/agent/problem"
+	"github.com/ckagent/ckagent/agent/procstat"
 )
 
 // Stats is what a pager has done so far. Times are durations since Start was asked
@@ -250,7 +251,7 @@ func kill(o occupant) {
 		return
 	}
 	defer unix.Close(fd)
-	if ticks, _, err := startTicks(o.PID); err == nil && ticks == o.Start {
+	if o.exists() {
 		_ = unix.PidfdSendSignal(fd, unix.SIGKILL, nil, 0)
 	}
 }
@@ -328,8 +329,8 @@ func (p *Process) stepIn() {
 
 // present reports whether an occupant is alive (a zombie is not).
 func present(o occupant) bool {
-	ticks, letter, err := startTicks(o.PID)
-	return err == nil && ticks == o.Start && letter != 'Z' && letter != 'X'
+	s, err := procstat.Read(o.PID)
+	return err == nil && s.StartTicks == o.Start && !s.Ended()
 }
 
 // Stats reads the counters.

@@ -7,10 +7,9 @@ import (
 	"io/fs"
 	"os"
 	"path/filepath"
-	"strconv"
-	"strings"
 
 	"github.com/ckagent/ckagent/agent/problem"
+	"github.com/ckagent/ckagent/agent/procstat"
 )
 
 // Files in the run directory, all 0600.
@@ -169,30 +168,20 @@ func (s *seat) claim(old, now occupant, beatNS int64) bool {
 
 // myself is this process as an occupant.
 func myself() (occupant, error) {
-	ticks, _, err := startTicks(os.Getpid())
-	return occupant{os.Getpid(), ticks}, err
+	s, err := procstat.Read(os.Getpid())
+	return occupant{os.Getpid(), s.StartTicks}, err
+}
+
+// exists reports whether this very process has an entry in /proc; ended or not.
+func (o occupant) exists() bool {
+	s, err := procstat.Read(o.PID)
+	return err == nil && s.StartTicks == o.Start
 }
 
 // noteSeats writes down who is who. Both processes do; the last one wins, and a
 // name that is one step old still leads to somebody who knows.
 func noteSeats(dir string, c *control) error {
 	return writeFile(dir, seatsFile, seats{c.worker.occupant(), c.supervisor.occupant()})
-}
-
-// startTicks is when a process started, in ticks since boot, and its state letter.
-func startTicks(pid int) (ticks uint64, stateLetter byte, err error) {
-	b, err := os.ReadFile("/proc/" + strconv.Itoa(pid) + "/stat")
-	if err != nil {
-		return 0, 0, err
-	}
-	// The name may contain anything but the last ')' ends it.
-	i := strings.LastIndexByte(string(b), ')')
-	f := strings.Fields(string(b[i+1:]))
-	if i < 0 || len(f) < 20 || len(f[0]) != 1 {
-		return 0, 0, fmt.Errorf("/proc/%d/stat: %q", pid, b)
-	}
-	ticks, err = strconv.ParseUint(f[19], 10, 64)
-	return ticks, f[0][0], err
 }
 
 // cleanUp removes our files, and the directory if nothing else is in it.

@@ -118,7 +118,7 @@ func awaitExit(o occupant, d time.Duration) {
 		return
 	}
 	defer unix.Close(fd)
-	if ticks, _, err := startTicks(o.PID); err != nil || ticks != o.Start {
+	if !o.exists() {
 		return
 	}
 	fds := []unix.PollFd{{Fd: int32(fd), Events: unix.POLLIN}}

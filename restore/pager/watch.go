@@ -13,6 +13,7 @@ import (
 	"golang.org/x/sys/unix"
 
 	"github.com/ckagent/ckagent/agent/cgroup"
+	"github.com/ckagent/ckagent/agent/procstat"
 	"github.com/ckagent/ckagent/uffd"
 )
 
@@ -76,8 +77,8 @@ func spawn(r role, old occupant, self, runDir string, ctl *control, leash *os.Fi
 	if err != nil {
 		return nil, fmt.Errorf("start %s: %w", r.name, err)
 	}
-	ticks, _, err := startTicks(p.Pid)
-	if err == nil && !r.seat(ctl).claim(old, occupant{p.Pid, ticks}, nowNS()+graceNS) {
+	child, err := procstat.Read(p.Pid)
+	if err == nil && !r.seat(ctl).claim(old, occupant{p.Pid, child.StartTicks}, nowNS()+graceNS) {
 		err = errSuperseded
 	}
 	if err != nil {
@@ -136,7 +137,7 @@ func (w *watcher) look(ctx context.Context) {
 		w.drop()
 		w.held = o
 		if fd, err := unix.PidfdOpen(o.PID, 0); err == nil {
-			if ticks, _, err := startTicks(o.PID); err == nil && ticks == o.Start {
+			if o.exists() {
 				w.pidfd = fd
 			} else {
 				unix.Close(fd)
@@ -154,7 +155,7 @@ func (w *watcher) look(ctx context.Context) {
 		w.wokeNS = now
 	}
 	w.lookNS = now
-	silent, letter, tooLong := s.silence(o, now, w.wokeNS)
+	silent, state, tooLong := s.silence(o, now, w.wokeNS)
 	if !tooLong {
 		return
 	}
@@ -163,19 +164,18 @@ func (w *watcher) look(ctx context.Context) {
 	}
 	// Not waited for: one that sleeps in the kernel may take long to go, and two
 	// at a time do no harm.
-	w.replace(ctx, o, fmt.Sprintf("gave no sign of life for %v (state %c)", silent.Round(time.Millisecond), letter))
+	w.replace(ctx, o, fmt.Sprintf("gave no sign of life for %v (state %c)", silent.Round(time.Millisecond), state))
 }
 
 // silence is for how long a living occupant gave no sign of life to who listens
 // since then, its state, and whether that is too long.
-func (s *seat) silence(o occupant, now, since int64) (silent time.Duration, letter byte, tooLong bool) {
+func (s *seat) silence(o occupant, now, since int64) (silent time.Duration, state byte, tooLong bool) {
 	silent = time.Duration(now - max(since, s.beatNS.Load()))
 	if silent < frozenAfter {
 		return silent, 0, false
 	}
-	_, letter, err := startTicks(o.PID)
-	frozen := err == nil && (letter == 'T' || letter == 't' || letter == 'D')
-	return silent, letter, frozen || silent >= starvedFor
+	p, err := procstat.Read(o.PID)
+	return silent, p.State, err == nil && (p.Stopped() || p.State == 'D') || silent >= starvedFor
 }
 
 // lifeless reports whether nobody in this seat does anything: dead, or silent for

@@ -17,6 +17,7 @@ import (
 
 	"github.com/ckagent/ckagent/agent/cgroup"
 	"github.com/ckagent/ckagent/agent/problem"
+	"github.com/ckagent/ckagent/agent/procstat"
 	"github.com/ckagent/ckagent/agent/vm/inject"
 	"github.com/ckagent/ckagent/uffd"
 	"github.com/ckagent/ckagent/uffd/pagemap"
@@ -152,7 +153,7 @@ func (w *worker) finish(p Phase) error {
 	err := w.update(p, func(st *state) { st.Final = &final })
 	w.ctl.advance(p)
 	// A stopped supervisor would never notice that the work is over.
-	if _, letter, serr := startTicks(w.ctl.supervisor.occupant().PID); serr == nil && (letter == 'T' || letter == 't') {
+	if s, serr := procstat.Read(w.ctl.supervisor.occupant().PID); serr == nil && s.Stopped() {
 		endNow(supervisorRole, w.ctl)
 	}
 	if w.ctl.has(flagDetached) && !w.supervised() {
