@@ -31,7 +31,7 @@ func main() {
 
 // run is the whole program but for the process: tests call it.
 func run(ctx context.Context, args []string, stdout, stderr io.Writer) int {
-	a := &app{out: stdout, err: stderr}
+	a := &app{args: args, out: stdout, err: stderr}
 	root := newRootCommand(a)
 	root.SetArgs(args)
 	root.SetOut(stdout)
@@ -46,6 +46,7 @@ func run(ctx context.Context, args []string, stdout, stderr io.Writer) int {
 
 // app is what all verbs share.
 type app struct {
+	args     []string
 	out, err io.Writer
 	json     bool
 	verbose  bool
@@ -75,7 +76,12 @@ func newRootCommand(a *app) *cobra.Command {
 	}
 	root.PersistentFlags().BoolVar(&a.json, "json", false, "print one JSON object on stdout and nothing else there")
 	root.PersistentFlags().BoolVarP(&a.verbose, "verbose", "v", false, "log more to stderr")
-	root.SetFlagErrorFunc(func(_ *cobra.Command, err error) error { return usageError("%w", err) })
+	root.SetFlagErrorFunc(func(_ *cobra.Command, err error) error {
+		// Parsing ended at the flag that is wrong; the form of the answer may have
+		// been asked for behind it.
+		a.json = a.json || wantsJSON(a.args)
+		return usageError("%w", err)
+	})
 	root.AddCommand(
 		newDoctorCommand(a), newExplainCommand(a),
 		newAttachCommand(a), newCheckpointCommand(a), newReleaseCommand(a),
@@ -84,6 +90,18 @@ func newRootCommand(a *app) *cobra.Command {
 		newRestoreCommand(a), newDemoCommand(a), newVersionCommand(a),
 	)
 	return root
+}
+
+func wantsJSON(args []string) bool {
+	for _, arg := range args {
+		switch arg {
+		case "--json", "--json=true":
+			return true
+		case "--":
+			return false
+		}
+	}
+	return false
 }
 
 func usageError(format string, args ...any) error {
