@@ -26,6 +26,9 @@ func imageBlocks(blocks []vm.RAMBlock) []image.Block {
 			Backing: string(b.Backing), FileType: b.FileType, Path: b.FilePath,
 			Shared: b.Shared, ReadOnly: b.ReadOnly, Main: b.Main,
 		}
+		for _, g := range b.Ranges {
+			out[i].Ranges = append(out[i].Ranges, image.GPARange(g))
+		}
 	}
 	return out
 }

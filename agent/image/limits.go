@@ -5,6 +5,7 @@ const (
 	MaxManifestBytes    = 8 << 20
 	MaxDeviceStateBytes = 256 << 20
 	MaxBlocks           = 4096
+	MaxBlockRanges      = 4096 // of one block, by guest physical address
 	MaxSegments         = 1 << segmentBits
 	MaxRAMBytes         = 16 << 40 // all blocks together
 	MinPageBytes        = 4 << 10

@@ -9,7 +9,7 @@ import (
 const (
 	FormatName   = "ckagent-checkpoint"
 	FormatMajor  = 1
-	FormatMinor  = 0
+	FormatMinor  = 1
 	ManifestName = "manifest.json"
 
 	pagemapName     = "pagemap"
@@ -78,6 +78,10 @@ type Machine struct {
 	Cwd    string `json:"cwd,omitempty"`
 	Root   string `json:"root,omitempty"`
 
+	// LibvirtXML is the domain as libvirt described it when the checkpoint was taken;
+	// empty for a VM that libvirt does not manage.
+	LibvirtXML string `json:"libvirt_xml,omitempty"`
+
 	// Facts are further observations by name, for people and later versions;
 	// nothing in this version acts on one.
 	Facts map[string]string `json:"facts,omitempty"`
@@ -106,6 +110,16 @@ type Block struct {
 	Shared           bool   `json:"shared"`
 	ReadOnly         bool   `json:"read_only"`
 	Main             bool   `json:"main"` // guest RAM proper, as against ROM, VGA, pflash, tables
+	// Ranges is where the guest sees the block, by guest physical address; none if
+	// unknown or not mapped.
+	Ranges []GPARange `json:"ranges,omitempty"`
+}
+
+// GPARange is a piece of a block in the guest's physical memory.
+type GPARange struct {
+	GPA    uint64 `json:"gpa"`
+	Offset uint64 `json:"offset"` // into the block
+	Bytes  uint64 `json:"bytes"`
 }
 
 // Pages is the number of pages of the block.

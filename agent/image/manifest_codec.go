@@ -70,7 +70,7 @@ func EncodeManifest(m *Manifest) ([]byte, error) {
 
 func manifestStrings(m *Manifest) []string {
 	s := []string{m.Mode, m.Engine, m.Writer, m.QEMU.Version, m.QEMU.Package, m.QEMU.BinaryPath,
-		m.Machine.CPUModel, m.Machine.RTC, m.Machine.Cwd, m.Machine.Root}
+		m.Machine.CPUModel, m.Machine.RTC, m.Machine.LibvirtXML, m.Machine.Cwd, m.Machine.Root}
 	s = append(s, m.Machine.Argv...)
 	s = append(s, m.Machine.Changes...)
 	s = append(s, m.Machine.Redacted...)

@@ -15,6 +15,8 @@ func encoded(t testing.TB) (*Manifest, []byte) {
 	t.Helper()
 	_, m, _, _ := smallImage(t, "none")
 	m.Hot = HotRuns{{0, 39, 1}, {0, 0, 4}}
+	m.Machine.LibvirtXML = "<domain type='qemu'/>\n"
+	m.Blocks[0].Ranges = []GPARange{{0, 0, 40960}, {1 << 32, 40960, 4096}}
 	data, err := EncodeManifest(m)
 	if err != nil {
 		t.Fatal(err)
@@ -55,14 +57,17 @@ func TestManifestRefusals(t *testing.T) {
 		"future and new fields": {`"version": 1`, `"version": 2, "x": {}`, problem.Refused},
 		"future and new types":  {`"version": 1,`, `"version": 2, "blocks": "none", `, problem.Integrity}, // the key is there twice
 		"feature":               {`"requires": []`, `"requires": ["deltas"]`, problem.Refused},
-		"minor with new field":  {`"minor": 0`, `"minor": 1, "x": {"y": [1]}`, ""},
-		"unknown field":         {`"minor": 0`, `"minor": 0, "x": 1`, problem.Integrity},
+		"minor with new field":  {`"minor": 1`, `"minor": 2, "x": {"y": [1]}`, ""},
+		"unknown field":         {`"minor": 1`, `"minor": 1, "x": 1`, problem.Integrity},
+		"range beyond block":    {`"bytes": 40960`, `"bytes": 99999999999`, problem.Integrity},
+		"range of nothing":      {`"bytes": 40960`, `"bytes": 0`, problem.Integrity},
+		"range beyond 64 bits":  {`"gpa": 4294967296`, `"gpa": 18446744073709551000`, problem.Integrity},
 		"other format":          {`"ckagent-checkpoint"`, `"something"`, problem.Integrity},
 		"version 0":             {`"version": 1`, `"version": 0`, problem.Integrity},
 		"key twice":             {`"mode": "cow"`, `"mode": "cow", "mode": "stop"`, problem.Integrity},
 		"key twice, other case": {`"mode": "cow"`, `"mode": "cow", "Mode": "stop"`, problem.Integrity},
 		"null":                  {`"mode": "cow"`, `"mode": null`, problem.Integrity},
-		"deep":                  {`"minor": 0`, `"minor": 1, "x": ` + long, problem.Integrity},
+		"deep":                  {`"minor": 1`, `"minor": 2, "x": ` + long, problem.Integrity},
 		"path up":               {`"name": "pagemap"`, `"name": "../pagemap"`, problem.Integrity},
 		"absolute path":         {`"name": "pagemap"`, `"name": "/pagemap"`, problem.Integrity},
 		"hidden":                {`"name": "pagemap"`, `"name": ".pagemap"`, problem.Integrity},

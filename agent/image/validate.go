@@ -3,6 +3,7 @@ package image
 import (
 	"errors"
 	"fmt"
+	"math"
 	"strings"
 	"unicode/utf8"
 )
@@ -76,9 +77,25 @@ func ValidateBlocks(blocks []Block) error {
 		case b.GPA < -1:
 			return fmt.Errorf("block %q: guest physical address %d", b.Name, b.GPA)
 		}
+		if err := validateRanges(b); err != nil {
+			return fmt.Errorf("block %q: %w", b.Name, err)
+		}
 		names[b.Name] = true
 		if ram += b.UsedBytes; ram > MaxRAMBytes { // no overflow: each is bounded, and so is their number
 			return fmt.Errorf("blocks hold more than %d bytes", uint64(MaxRAMBytes))
+		}
+	}
+	return nil
+}
+
+// validateRanges checks that every range lies within the block and within 64 bits.
+func validateRanges(b Block) error {
+	if len(b.Ranges) > MaxBlockRanges {
+		return fmt.Errorf("%d ranges: more than %d", len(b.Ranges), MaxBlockRanges)
+	}
+	for _, g := range b.Ranges {
+		if g.Bytes == 0 || g.Offset > b.TotalBytes || g.Bytes > b.TotalBytes-g.Offset || g.GPA > math.MaxInt64-g.Bytes {
+			return fmt.Errorf("range of %d bytes from %d at guest physical address %#x: outside", g.Bytes, g.Offset, g.GPA)
 		}
 	}
 	return nil
