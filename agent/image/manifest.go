@@ -43,6 +43,8 @@ type Manifest struct {
 	Pagemap     PagemapRef `json:"pagemap"`
 	Segments    []Segment  `json:"segments"`
 	Stats       Stats      `json:"stats"`
+	// Disks are the writable drives, in the order of QEMU's list.
+	Disks []Disk `json:"disks,omitempty"`
 	// Hot lists the pages written around the checkpoint, hottest first: the order
 	// in which a lazy restore prefetches. At most MaxHotRuns.
 	Hot HotRuns `json:"hot,omitempty"`
@@ -174,7 +176,9 @@ type Stats struct {
 	Pages         uint64 `json:"pages"`          // of all blocks
 	ZeroPages     uint64 `json:"zero_pages"`     // recorded as zero, not stored
 	CapturedPages uint64 `json:"captured_pages"` // saved by a fault, not by the scan
-	StoredBytes   uint64 `json:"stored_bytes"`   // all files but the manifest
+	StoredBytes   uint64 `json:"stored_bytes"`   // all files but manifest and volumes
+	// DiskBytes is what the volumes written for this checkpoint take.
+	DiskBytes uint64 `json:"disk_bytes,omitempty"`
 }
 
 // PageRun is a run of pages of one block, in units of that block's PageBytes.

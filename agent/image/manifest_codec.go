@@ -5,6 +5,7 @@ import (
 	"encoding/json"
 	"fmt"
 	"io"
+	"slices"
 	"strings"
 	"unicode/utf8"
 
@@ -34,6 +35,17 @@ func EncodeManifest(m *Manifest) ([]byte, error) {
 	}
 	if c.Segments == nil {
 		c.Segments = []Segment{}
+	}
+	if c.HasDisks() {
+		c.Disks = slices.Clone(c.Disks)
+		for i := range c.Disks {
+			if c.Disks[i].Volumes == nil {
+				c.Disks[i].Volumes = []Volume{}
+			}
+		}
+		if !slices.Contains(c.Requires, FeatureDisks) {
+			c.Requires = append(slices.Clone(c.Requires), FeatureDisks)
+		}
 	}
 	c.CreatedAt = c.CreatedAt.UTC().Round(0)
 	if err := c.Validate(); err != nil {

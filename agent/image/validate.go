@@ -9,7 +9,7 @@ import (
 )
 
 // knownFeatures are the entries of Manifest.Requires this version understands.
-var knownFeatures = map[string]bool{}
+var knownFeatures = map[string]bool{FeatureDisks: true}
 
 // ValidFileName reports whether a name found in a manifest may be opened: one
 // path component of plain characters that starts with a letter. That leaves out
@@ -137,6 +137,9 @@ func (m *Manifest) Validate() error {
 		return err
 	}
 	if err := m.validateStats(); err != nil {
+		return err
+	}
+	if err := m.validateDisks(); err != nil {
 		return err
 	}
 	if len(m.Hot) > MaxHotRuns {
