@@ -3,13 +3,14 @@ package restore
 import (
 	"context"
 	"encoding/json"
+	"fmt"
+	"maps"
 	"os"
 	"path/filepath"
+	"slices"
 	"strings"
 	"testing"
 	"time"
-
-	"golang.org/x/sys/unix"
 
 	"github.com/ckagent/ckagent/agent/image"
 	"github.com/ckagent/ckagent/agent/problem"
@@ -60,26 +61,25 @@ func TestDetachKeepsLease(t *testing.T) {
 // waitForLeases waits until so many processes hold the checkpoint.
 func waitForLeases(t *testing.T, st *store.Store, id string, want int) {
 	t.Helper()
-	for deadline := time.Now().Add(10 * time.Second); ; {
-		list, err := st.List(t.Context())
-		if err != nil {
-			t.Fatal(err)
-		}
-		holders := map[int]bool{}
-		for _, info := range list {
-			for _, l := range info.Leases {
-				if info.ID == id && l.State == store.Live {
-					holders[l.PID] = true
-				}
+	eventually(t, 10*time.Second, fmt.Sprintf("%d processes hold the checkpoint", want), func() bool { return len(leaseHolders(t, st, id)) == want })
+}
+
+// leaseHolders are the processes that hold a checkpoint.
+func leaseHolders(t *testing.T, st *store.Store, id string) []int {
+	t.Helper()
+	list, err := st.List(t.Context())
+	if err != nil {
+		t.Fatal(err)
+	}
+	holders := map[int]bool{}
+	for _, info := range list {
+		for _, l := range info.Leases {
+			if info.ID == id && l.State == store.Live {
+				holders[l.PID] = true
 			}
 		}
-		if len(holders) == want {
-			return
-		}
-		if _, err := unix.Poll(nil, 10); err != nil || time.Now().After(deadline) {
-			t.Fatalf("held by %v, want %d processes", holders, want)
-		}
 	}
+	return slices.Collect(maps.Keys(holders))
 }
 
 // TestInterruptedDrain ends the wait for the drain: the guest and its pager go on.

@@ -65,6 +65,7 @@ func startQEMU(t *testing.T, dir, wait string, prepare func(*exec.Cmd), args ...
 			}
 		}
 	})
+	awaitCommandLine(t, cmd.Process.Pid)
 	if wait != "" {
 		if !filepath.IsAbs(wait) {
 			wait = filepath.Join(dir, wait)
@@ -72,6 +73,24 @@ func startQEMU(t *testing.T, dir, wait string, prepare func(*exec.Cmd), args ...
 		awaitListening(t, cmd.Process.Pid, wait)
 	}
 	return &qemuProcess{cmd, cmd.Process.Pid}
+}
+
+// awaitCommandLine waits for the end of exec: the new program has no arguments yet
+// when its parent learns that it was found.
+func awaitCommandLine(t testing.TB, pid int) {
+	t.Helper()
+	tick := time.NewTicker(time.Millisecond)
+	defer tick.Stop()
+	for deadline := time.After(5 * time.Second); ; {
+		if b, err := readProc(pid, "cmdline"); err == nil && len(b) > 0 {
+			return
+		}
+		select {
+		case <-tick.C:
+		case <-deadline:
+			t.Fatalf("pid %d has no command line", pid)
+		}
+	}
 }
 
 // awaitListening polls with short connections to nobody: it looks at the
