@@ -74,17 +74,19 @@ func hasPVHNote(kernel []byte) bool {
 	return false
 }
 
-// A driver is loaded when a PCI device with one of the ids is there.
-type driver struct{ ids, module string }
+// A driver is loaded when a PCI device with one of the ids is there. A file system
+// ("fs:TYPE") when a disk with it is mounted; ext4 is part of the kernel.
+type driver struct{ ids, modules string }
 
-// drivers of the guest; every one of them needs the virtio PCI transport.
+// drivers of the guest; every one of a device needs the virtio PCI transport.
 var drivers = []driver{
 	{"1af4:1000,1041", "virtio_net"},
 	{"1af4:1001,1042", "virtio_blk"},
 	{"1af4:1002,1045", "virtio_balloon"},
 	{"1af4:1003,1043", "virtio_console"},
-	{"1af4:1004,1048", "virtio_scsi"},
+	{"1af4:1004,1048", "virtio_scsi sd_mod"},
 	{"1af4:1005,1044", "virtio_rng"},
+	{"fs:xfs", "xfs"},
 }
 
 // transport comes before any driver and is nobody's dependency.
@@ -173,7 +175,11 @@ func moduleFiles(modules string) ([]file, error) {
 	need := map[string]bool{}
 	for _, d := range drivers {
 		var all []string
-		for _, m := range []string{transport, d.module} {
+		want := strings.Fields(d.modules)
+		if !strings.HasPrefix(d.ids, "fs:") {
+			want = append([]string{transport}, want...)
+		}
+		for _, m := range want {
 			order, err := loadOrder(found, m)
 			if err != nil {
 				return nil, err

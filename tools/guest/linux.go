@@ -7,12 +7,14 @@ import (
 	"os"
 	"path/filepath"
 	"regexp"
+	"slices"
 	"sort"
+	"strings"
 
 	"github.com/ckagent/ckagent/agent/problem"
 )
 
-//go:embed guestd/*.c guestd/*.h mini/*
+//go:embed guestd/*.c guestd/*.h mini/* sqld/*.c
 var sources embed.FS
 
 // recipe changes when the way an artifact is built changes, so that old ones
@@ -27,7 +29,7 @@ type Image struct {
 }
 
 // Linux returns the self-checking Linux guest, built if it is not there yet.
-// What it does is chosen by GD_ words on its command line (guestd/README.md).
+// What it does is chosen by GD_ words on its command line (README.md).
 func Linux(ctx context.Context) (Image, error) {
 	kernel, err := linuxKernel(ctx)
 	if err != nil {
@@ -163,20 +165,27 @@ func sourceFiles(folder string) (map[string][]byte, []string, error) {
 }
 
 // compile writes the sources to a temporary directory and runs gcc on the .c and
-// .S files with the flags ("-T", "x.ld" and the like find the others there).
+// .S files with the flags ("-T", "x.ld" and the like find the others there);
+// libraries among them come last, as the linker wants them.
 func compile(ctx context.Context, src map[string][]byte, names []string, output string, flags ...string) ([]byte, error) {
 	tmp, err := os.MkdirTemp("", "ckagent-guest-")
 	if err != nil {
 		return nil, err
 	}
 	defer os.RemoveAll(tmp)
-	args := append([]string{"-o", output}, flags...)
+	libs := func(flag string) bool { return strings.HasPrefix(flag, "-l") }
+	args := append([]string{"-o", output}, slices.DeleteFunc(slices.Clone(flags), libs)...)
 	for _, n := range names {
 		if err := os.WriteFile(filepath.Join(tmp, n), src[n], 0o644); err != nil {
 			return nil, err
 		}
 		if ext := filepath.Ext(n); ext == ".c" || ext == ".S" {
 			args = append(args, n)
+		}
+	}
+	for _, flag := range flags {
+		if libs(flag) {
+			args = append(args, flag)
 		}
 	}
 	if _, err := run(ctx, tmp, "gcc", args...); err != nil {

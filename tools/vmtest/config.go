@@ -58,6 +58,8 @@ type Config struct {
 
 	OVMF          bool // UEFI firmware in two pflash drives
 	VirtioDevices int  // that many virtio PCI devices of all kinds
+	Disks         []Disk
+	SQL           bool // a network card and an SQLite server on the disk (sqld): VM.SQLAddr
 	Echo          bool // a network card and a TCP echo server: VM.EchoAddr
 	BeatUS        int  // heartbeat of a spinning vCPU every so many µs: VM.Beats
 	Control       bool // a second QMP socket for the test itself: VM.ControlPath
@@ -95,6 +97,7 @@ func (c *Config) fill() {
 type launch struct {
 	argv     []string
 	echoAddr string
+	sqlAddr  string
 	backing  string // a file outside Dir, to be removed
 	beats    *Beats
 }
@@ -162,6 +165,19 @@ func (c *Config) commandLine(ctx context.Context) (l launch, err error) {
 		l.echoAddr = fmt.Sprintf("127.0.0.1:%d", port)
 		add("-netdev", fmt.Sprintf("user,id=echo0,hostfwd=tcp:%s-:7", l.echoAddr), "-device", "virtio-net-pci,netdev=echo0,romfile=")
 	}
+	if c.SQL {
+		port, err := freePort()
+		if err != nil {
+			return l, err
+		}
+		l.sqlAddr = fmt.Sprintf("127.0.0.1:%d", port)
+		add("-netdev", fmt.Sprintf("user,id=sql0,hostfwd=tcp:%s-:%d", l.sqlAddr, sqlPort), "-device", "virtio-net-pci,netdev=sql0,romfile=")
+	}
+	disks, words, err := c.diskArgs(ctx)
+	if err != nil {
+		return l, err
+	}
+	add(disks...)
 	if c.BeatUS > 0 {
 		if l.beats, err = ListenBeats(); err != nil {
 			return l, err
@@ -169,7 +185,7 @@ func (c *Config) commandLine(ctx context.Context) (l launch, err error) {
 		add("-chardev", fmt.Sprintf("udp,id=beat0,host=127.0.0.1,port=%d", l.beats.Port()), "-device", "isa-debugcon,iobase=0xe9,chardev=beat0")
 	}
 	add(virtioDevices(c.VirtioDevices)...)
-	boot, err := c.guestArgs(ctx)
+	boot, err := c.guestArgs(ctx, words)
 	if err != nil {
 		return l, err
 	}
@@ -181,8 +197,11 @@ func (c *Config) commandLine(ctx context.Context) (l launch, err error) {
 	return l, nil
 }
 
-// guestArgs are -kernel, -initrd and -append.
-func (c *Config) guestArgs(ctx context.Context) ([]string, error) {
+// sqlPort is where the guest's database listens.
+const sqlPort = 5432
+
+// guestArgs are -kernel, -initrd and -append, with the words about disks.
+func (c *Config) guestArgs(ctx context.Context, disk []string) ([]string, error) {
 	rate := c.Rate
 	switch {
 	case rate == 0:
@@ -192,7 +211,11 @@ func (c *Config) guestArgs(ctx context.Context) ([]string, error) {
 	}
 	switch c.Guest {
 	case Linux:
-		image, err := guest.Linux(ctx)
+		build := guest.Linux
+		if c.SQL {
+			build = guest.SQLite
+		}
+		image, err := build(ctx)
 		if err != nil {
 			return nil, err
 		}
@@ -200,7 +223,10 @@ func (c *Config) guestArgs(ctx context.Context) ([]string, error) {
 		if c.OVMF {
 			kernel = image.BzImage
 		}
-		words := []string{guest.KernelArgs}
+		words := append([]string{guest.KernelArgs}, disk...)
+		if c.SQL {
+			words = append(words, fmt.Sprintf("GD_SQL=%d", sqlPort))
+		}
 		if c.WSMiB > 0 {
 			words = append(words, fmt.Sprintf("GD_WS=%d GD_RATE=%d GD_DIRTY=%d", c.WSMiB, rate, c.DirtyMiB))
 		}

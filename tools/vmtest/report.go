@@ -28,6 +28,12 @@ type Report struct {
 	LongestGap          time.Duration // of the spinning CPU, by the guest's own clock
 	FilesWrote          uint64
 	FilesBad            uint64
+	LogStarted          uint64 // record of the disk log whose write began last
+	LogSynced           uint64 // the last one that the disk is said to hold
+	LogVerified         uint64 // records read from the disk
+	LogSweeps           uint64 // times all of them were
+	LogBad              uint64 // records missing or wrong
+	LogCheck            *LogCheck
 	EchoBytes           uint64
 	Mangled             []string // report lines whose checksum is wrong
 	MangledFirst        bool     // the first line is one: where a restored guest goes on in the middle
@@ -36,6 +42,9 @@ type Report struct {
 	Stalls              []string // the kernel complaining of a starved CPU
 	CorruptOnPurpose    bool     // the negative control has struck
 }
+
+// LogCheck is what was found on a disk that a guest only looked at (GD_LOGCHECK).
+type LogCheck struct{ First, Last, Records, Bad uint64 }
 
 var (
 	checksum = regexp.MustCompile(`^(.*) \*([0-9a-f]{4})$`)
@@ -101,7 +110,7 @@ func ParseReport(log string) Report {
 	}
 }
 
-var reportWord = regexp.MustCompile(`^(TICK|WS|WSREADY|READY|GAP|BAD|FILES|ECHO|INIT) `)
+var reportWord = regexp.MustCompile(`^(TICK|WS|WSREADY|READY|GAP|BAD|FILES|LOG|LOGCHECK|ECHO|INIT) `)
 
 // take reads one whole report line.
 func (r *Report) take(text string, grow func(string, uint64) uint64) {
@@ -160,6 +169,11 @@ func (r *Report) take(text string, grow func(string, uint64) uint64) {
 			r.FilesWrote = grow("files", num("wrote"))
 		}
 		r.FilesBad = num("bad")
+	case "LOG":
+		r.LogStarted, r.LogSynced = grow("started", num("started")), grow("synced", num("synced"))
+		r.LogVerified, r.LogSweeps, r.LogBad = grow("log v", num("v")), grow("log sweeps", num("sweeps")), grow("log bad", num("bad"))
+	case "LOGCHECK":
+		r.LogCheck = &LogCheck{num("first"), num("last"), num("records"), num("bad")}
 	case "ECHO":
 		if len(words) > 1 && words[1] != "ready" {
 			r.EchoBytes = grow("echo", num("bytes"))
@@ -178,6 +192,9 @@ func (r Report) Check() error {
 	}
 	if r.FilesBad > 0 {
 		fail("%d guest files are wrong: %s", r.FilesBad, strings.Join(r.Details, "; "))
+	}
+	if r.LogBad > 0 {
+		fail("%d records of the disk log are missing or wrong: %s", r.LogBad, strings.Join(r.Details, "; "))
 	}
 	if len(r.SeqErrors) > 0 {
 		fail("numbers out of sequence: %s", strings.Join(r.SeqErrors, "; "))
@@ -213,6 +230,17 @@ func (v *VM) AwaitProgress(ctx context.Context, n uint64) (Report, error) {
 	return v.await(ctx, func(old, now uint64) bool { return now >= old+n }, "w")
 }
 
+// AwaitLogSweeps waits until the guest has read its whole disk log n more times from
+// the disk.
+func (v *VM) AwaitLogSweeps(ctx context.Context, n uint64) (Report, error) {
+	return v.awaitNumber(ctx, "LOG", "sweeps", func(old, now uint64) bool { return now >= old+n+1 })
+}
+
+// AwaitLog waits until n more records of the disk log are safe.
+func (v *VM) AwaitLog(ctx context.Context, n uint64) (Report, error) {
+	return v.awaitNumber(ctx, "LOG", "synced", func(old, now uint64) bool { return now >= old+n })
+}
+
 // AwaitSweeps waits until the guest has verified its whole working set n more
 // times from start to end; n+1 sweep ends are waited for, as one is under way.
 func (v *VM) AwaitSweeps(ctx context.Context, n uint64) (Report, error) {
@@ -220,7 +248,11 @@ func (v *VM) AwaitSweeps(ctx context.Context, n uint64) (Report, error) {
 }
 
 func (v *VM) await(ctx context.Context, enough func(old, now uint64) bool, key string) (Report, error) {
-	re := regexp.MustCompile(`^WS .*\b` + key + `=(\d+)`)
+	return v.awaitNumber(ctx, "WS", key, enough)
+}
+
+func (v *VM) awaitNumber(ctx context.Context, word, key string, enough func(old, now uint64) bool) (Report, error) {
+	re := regexp.MustCompile(`^` + word + ` .*\b` + key + `=(\d+)`)
 	// The last value so far is where we start from; a guest that has not said
 	// anything yet starts from zero.
 	var old, now uint64
@@ -236,7 +268,7 @@ func (v *VM) await(ctx context.Context, enough func(old, now uint64) bool, key s
 		return enough(old, now)
 	})
 	if err != nil {
-		return v.Report(), fmt.Errorf("wait for %s of pid %d to go on from %d (now %d): %w", key, v.pid, old, now, err)
+		return v.Report(), fmt.Errorf("wait for %s %s of pid %d to go on from %d (now %d): %w", word, key, v.pid, old, now, err)
 	}
 	return v.Report(), nil
 }

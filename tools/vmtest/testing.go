@@ -94,6 +94,30 @@ func (v *VM) WaitSweeps(t testing.TB, n uint64) Report {
 	return r
 }
 
+// WaitLog waits until n more records of the guest's disk log are safe.
+func (v *VM) WaitLog(t testing.TB, n uint64) Report {
+	t.Helper()
+	ctx, cancel := context.WithTimeout(t.Context(), defaultTimeout)
+	defer cancel()
+	r, err := v.AwaitLog(ctx, n)
+	if err != nil {
+		t.Fatalf("vmtest: %v\nconsole:\n%s", err, lastLines(v.Serial(), 20))
+	}
+	return r
+}
+
+// WaitLogSweeps waits until the guest has read all of its disk log n more times.
+func (v *VM) WaitLogSweeps(t testing.TB, n uint64) Report {
+	t.Helper()
+	ctx, cancel := context.WithTimeout(t.Context(), defaultTimeout)
+	defer cancel()
+	r, err := v.AwaitLogSweeps(ctx, n)
+	if err != nil {
+		t.Fatalf("vmtest: %v\nconsole:\n%s", err, lastLines(v.Serial(), 20))
+	}
+	return r
+}
+
 // Skip ends a test that cannot run here. id is stable and short (kvm, ext4).
 // The line "SKIP-REASON <id>: <reason>" goes to standard output, which go test
 // shows with -v and -json, and is appended to the file CKAGENT_SKIPS names, which

@@ -29,6 +29,7 @@ type VM struct {
 	serial string // path
 	from   int64  // where this machine's part of the serial log begins
 	echo   string
+	sql    string
 	beats  *Beats
 	own    bool // dir is ours to remove
 	remove []string
@@ -67,7 +68,7 @@ func Launch(ctx context.Context, cfg Config) (*VM, error) {
 		v.cleanup()
 		return nil, err
 	}
-	v.argv, v.echo, v.beats = append([]string{cfg.Binary}, l.argv...), l.echoAddr, l.beats
+	v.argv, v.echo, v.sql, v.beats = append([]string{cfg.Binary}, l.argv...), l.echoAddr, l.sqlAddr, l.beats
 	if st, err := os.Stat(v.serial); err == nil {
 		v.from = st.Size()
 	}
@@ -170,6 +171,9 @@ func (v *VM) SerialPath() string { return v.serial }
 
 // EchoAddr is the host's address of the guest's echo server (Config.Echo).
 func (v *VM) EchoAddr() string { return v.echo }
+
+// SQLAddr is the host's address of the guest's database (Config.SQL).
+func (v *VM) SQLAddr() string { return v.sql }
 
 // Beats are the heartbeats of the guest (Config.BeatUS), nil without.
 func (v *VM) Beats() *Beats { return v.beats }

@@ -1,7 +1,7 @@
 // The file writer: files whose content follows from their number alone, written,
 // fsynced and renamed into place in order, in a ring, and read back before each
-// is replaced. GD_FILES=tmpfs writes below /tmp; GD_DISK=<device> mounts an ext4
-// disk at /mnt (made by the host) and, with GD_FILES=disk, writes there.
+// is replaced. GD_FILES=tmpfs writes below /tmp; GD_FILES=disk on the disk that
+// GD_DISK mounts (disk.c).
 // What an earlier boot left behind is verified first.
 #include "guestd.h"
 #include <errno.h>
@@ -99,16 +99,7 @@ static void *work(void *arg) {
 }
 
 void files_start(void) {
-	const char *disk = param("DISK", NULL), *where = param("FILES", NULL);
-	if (disk) {
-		char dev[64];
-		snprintf(dev, sizeof dev, "/dev/%s", disk);
-		// virtio probes in the background; the node appears within moments.
-		for (unsigned i = 0; i < 500 && access(dev, F_OK); i++)
-			sleep_until(mono_ns() + 10000000ull);
-		if (mount(dev, "/mnt", "ext4", 0, NULL))
-			say("FATAL mount %s: %s", dev, strerror(errno));
-	}
+	const char *where = param("FILES", NULL);
 	if (!where)
 		return;
 	if (!strcmp(where, "disk"))

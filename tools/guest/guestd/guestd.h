@@ -49,6 +49,11 @@ static inline u64 rdtsc(void) {
 }
 
 void boot_modules(void); // modules.c: loads what the PCI devices found ask for
+void load_named(const char *key); // modules.c: loads what one line of the list is for
+void disk_start(void);   // disk.c
+void log_start(void);    // log.c
+void log_report(void);
+void log_audit(void);    // GD_LOGCHECK: says what is on the disk, unmounts it and powers off
 void net_start(void);    // net.c
 void files_start(void);  // files.c
 void spin_start(void);   // spin.c

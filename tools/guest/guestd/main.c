@@ -147,6 +147,7 @@ static void *reporter(void *arg) {
 		if (mono_ns() >= slow) {
 			slow = mono_ns() + 1000000000ull;
 			files_report();
+			log_report();
 			net_report();
 			spin_report();
 		}
@@ -156,10 +157,10 @@ static void *reporter(void *arg) {
 	return NULL;
 }
 
-// run starts busybox on a terminal. owner makes that its controlling terminal,
+// run starts a program on a terminal. owner makes that its controlling terminal,
 // for job control; never of the console, which would hang up for all of us when
 // the program ends.
-static pid_t run(const char *tty, bool owner, char *const argv[]) {
+static pid_t run(const char *path, const char *tty, bool owner, char *const argv[]) {
 	pid_t pid = fork();
 	if (pid)
 		return pid;
@@ -172,7 +173,7 @@ static pid_t run(const char *tty, bool owner, char *const argv[]) {
 	if (owner)
 		ioctl(0, TIOCSCTTY, 0);
 	char *const env[] = {"PATH=/bin", "HOME=/", "TERM=vt100", NULL};
-	execve("/bin/busybox", argv, env);
+	execve(path, argv, env);
 	_exit(127);
 }
 
@@ -203,7 +204,10 @@ int main(void) {
 	    (unsigned long long)(mono_ns() / 1000));
 	spawn(ticker, NULL, "tick");
 	net_start();
+	disk_start();
+	log_audit();
 	files_start();
+	log_start();
 	ws_start();
 	spin_start();
 	say("READY mono_us=%llu", (unsigned long long)(mono_ns() / 1000));
@@ -213,14 +217,20 @@ int main(void) {
 	if (param("RUN", NULL)) { // a script, usually on a disk mounted at /mnt
 		char path[256];
 		snprintf(path, sizeof path, "%s", param("RUN", ""));
-		job = run(tty, false, (char *[]){"sh", path, NULL});
+		job = run("/bin/busybox", tty, false, (char *[]){"sh", path, NULL});
+	}
+	pid_t database = 0;
+	if (param("SQL", NULL)) { // the database server, on the disk mounted at /mnt
+		char port[16];
+		snprintf(port, sizeof port, "%s", param("SQL", ""));
+		database = run("/bin/sqld", tty, false, (char *[]){"sqld", port, "/mnt/sql", NULL});
 	}
 	pid_t shell = 0;
 	for (;;) {
 		if (param("SH", NULL) && !shell) {
 			char own[64];
 			snprintf(own, sizeof own, "/dev/%s", param("SH", "ttyS1"));
-			shell = run(own, strcmp(own, tty) != 0, (char *[]){"sh", "-i", NULL});
+			shell = run("/bin/busybox", own, strcmp(own, tty) != 0, (char *[]){"sh", "-i", NULL});
 		}
 		int status;
 		pid_t pid = wait(&status);
@@ -228,6 +238,8 @@ int main(void) {
 			pause(); // no children: only the threads live
 		if (pid == job && job)
 			say("RUN done status=%d", WIFEXITED(status) ? WEXITSTATUS(status) : 128 + WTERMSIG(status));
+		if (pid == database && database)
+			say("FATAL sqld: ended with status %d", WIFEXITED(status) ? WEXITSTATUS(status) : 128 + WTERMSIG(status));
 		if (pid == shell)
 			shell = 0;
 	}

@@ -2,7 +2,8 @@
 // when the initramfs is built (/mods/list): one line a driver,
 //     <vendor>:<device>[,<device>...] <module> [<module>...]
 // with the modules in the order in which they have to be loaded. A machine
-// without virtio devices loads none and is up a second earlier.
+// without virtio devices loads none and is up a second earlier. File systems have
+// lines of their own, "fs:<type>", that are loaded when a disk is mounted.
 #include "guestd.h"
 #include <dirent.h>
 #include <errno.h>
@@ -34,7 +35,7 @@ static bool present(const char *ids, const u32 *found, unsigned n) {
 }
 
 static void load(const char *name) {
-	static char done[32][40];
+	static char done[64][40];
 	static unsigned ndone;
 	for (unsigned i = 0; i < ndone; i++)
 		if (!strcmp(done[i], name))
@@ -46,8 +47,22 @@ static void load(const char *name) {
 		say("FATAL module %s: %s", name, strerror(errno));
 	if (fd >= 0)
 		close(fd);
-	if (ndone < 32)
+	if (ndone < 64)
 		snprintf(done[ndone++], sizeof done[0], "%s", name);
+}
+
+void load_named(const char *key) {
+	FILE *f = fopen("/mods/list", "r");
+	char line[512];
+	while (f && fgets(line, sizeof line, f)) {
+		char *save, *name = strtok_r(line, " \n", &save);
+		if (!name || strcmp(name, key))
+			continue;
+		for (char *m; (m = strtok_r(NULL, " \n", &save));)
+			load(m);
+	}
+	if (f)
+		fclose(f);
 }
 
 void boot_modules(void) {
@@ -63,7 +78,7 @@ void boot_modules(void) {
 	char line[512];
 	while (f && fgets(line, sizeof line, f)) {
 		char *save, *ids = strtok_r(line, " \n", &save);
-		if (!ids || !present(ids, found, n))
+		if (!ids || !strncmp(ids, "fs:", 3) || !present(ids, found, n))
 			continue;
 		for (char *m; (m = strtok_r(NULL, " \n", &save));)
 			load(m);

@@ -110,7 +110,7 @@ static void *serve(void *arg) {
 
 void net_start(void) {
 	const char *port = param("ECHO", NULL);
-	if (!port && !param("IP", NULL))
+	if (!port && !param("IP", NULL) && !param("SQL", NULL))
 		return;
 	configure("lo", "127.0.0.1/8", NULL);
 	configure(param("IF", "eth0"), param("IP", "10.0.2.15/24"), param("GW", "10.0.2.2"));

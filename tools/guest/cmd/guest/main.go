@@ -28,7 +28,7 @@ func main() {
 func run(ctx context.Context, args []string) error {
 	if len(args) == 0 {
 		return problem.New(problem.Usage, "guest", "", "say what to build").
-			WithHint("guest linux|mini|qemu10|ovmf ...")
+			WithHint("guest linux|sqlite|mini|qemu10|ovmf ...")
 	}
 	var errs []error
 	for _, what := range args {
@@ -38,6 +38,12 @@ func run(ctx context.Context, args []string) error {
 			errs = append(errs, err)
 			if err == nil {
 				fmt.Printf("kernel=%s\nbzimage=%s\ninitrd=%s\n", image.Kernel, image.BzImage, image.Initrd)
+			}
+		case "sqlite":
+			image, err := guest.SQLite(ctx)
+			errs = append(errs, err)
+			if err == nil {
+				fmt.Printf("sqlite_initrd=%s\n", image.Initrd)
 			}
 		case "mini":
 			path, err := guest.Mini(ctx)
@@ -59,7 +65,7 @@ func run(ctx context.Context, args []string) error {
 			}
 		default:
 			errs = append(errs, problem.New(problem.Usage, "build guest", what, "no such guest").
-				WithHint("guest linux|mini|qemu10|ovmf ..."))
+				WithHint("guest linux|sqlite|mini|qemu10|ovmf ..."))
 		}
 	}
 	return errors.Join(errs...)
