@@ -10,11 +10,12 @@
 //	inline -readconfig, remove what an earlier restore added   (build.go)
 //	ask again for redacted secrets                             (secrets.go)
 //	--map                                                      (mapping.go)
+//	disks of the checkpoint                                    (disks.go)
 //	pin machine type and accelerator                           (machine.go)
 //	memory backends that start out empty                       (memory.go)
 //	consoles, monitors, displays; inherited descriptors        (endpoints.go)
 //	networks; a clone gets none unless mapped                  (network.go)
-//	disks and firmware                                         (storage.go)
+//	other disks and firmware                                   (storage.go)
 //	the operator's own arguments, then -S -incoming defer and our monitor
 //
 // Everything changed is written down in Plan.Changes with its reason; what

@@ -128,6 +128,17 @@ func (m *mapper) path(val string, known bool) string {
 	return val
 }
 
+// file returns what exactly this path is mapped to, if it is.
+func (m *mapper) file(path string) (string, bool) {
+	for i, r := range m.maps {
+		if r.kind == mapPath && r.Old == path {
+			m.used[i] = true
+			return r.New, true
+		}
+	}
+	return "", false
+}
+
 // replaceComponents replaces old where it stands between component boundaries.
 // In front of an absolute path stands the value's beginning or what ends a
 // prefix such as "unix:" or "filename":"; in front of a relative one may also

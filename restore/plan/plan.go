@@ -17,6 +17,9 @@ type Recorded struct {
 	Accel    string
 	Blocks   []Block
 	Paused   bool // the guest was not running when the checkpoint was taken
+	// Disks are the writable drives that get the content of the checkpoint. Other
+	// drives use the images that the command line names.
+	Disks []Disk
 }
 
 // Block is a RAMBlock of guest RAM proper, for the check of its backing.
@@ -34,6 +37,7 @@ type Options struct {
 	Binary  string            // instead of the recorded one
 	QMPPath string            // socket of the restored VM; empty: RunDir/qmp.sock
 	RunDir  string            // private directory of the restored VM
+	DiskDir string            // where the files of Recorded.Disks are to be made
 	// CloneID makes the restored VM a clone: another name, UUID and MACs derived
 	// from this id, and no network, disk or socket shared with the original
 	// unless mapped. Empty: the VM itself.
@@ -92,6 +96,8 @@ type Plan struct {
 	Files   []File   `json:"files"`
 	Listen  []Socket `json:"listen"`
 	Copies  []Copy   `json:"copies,omitempty"`
+	// Disks are the files to be made for Recorded.Disks, in their order.
+	Disks []DiskFile `json:"disks,omitempty"`
 
 	// Identity of the original, for the search for a process that still runs it.
 	OldName  string   `json:"-"`

@@ -2,6 +2,7 @@ package plan
 
 import (
 	"path/filepath"
+	"slices"
 	"strings"
 )
 
@@ -42,7 +43,7 @@ func (b *builder) storage() error {
 		return nil
 	}
 	for _, im := range imgs {
-		if !im.file.Writable || im.mapped {
+		if !im.file.Writable || im.mapped || b.madeHere(im.file.Path) {
 			continue
 		}
 		if !im.pflash {
@@ -161,7 +162,7 @@ func localFile(path string) bool {
 func (b *builder) files() error {
 	for _, im := range b.blockImages() {
 		f := im.file
-		if !under(f.Path, b.opt.RunDir) { // a copy that is made later
+		if !under(f.Path, b.opt.RunDir) && !b.madeHere(f.Path) { // copies and disks are made later
 			b.plan.Files = append(b.plan.Files, f)
 		}
 	}
@@ -204,6 +205,11 @@ func (b *builder) files() error {
 		}
 	}
 	return nil
+}
+
+// madeHere reports a file of Plan.Disks.
+func (b *builder) madeHere(path string) bool {
+	return slices.ContainsFunc(b.plan.Disks, func(f DiskFile) bool { return f.Path == path })
 }
 
 func under(path, dir string) bool {
