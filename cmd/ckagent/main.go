@@ -87,7 +87,9 @@ func newRootCommand(a *app) *cobra.Command {
 		newAttachCommand(a), newCheckpointCommand(a), newReleaseCommand(a),
 		newLsCommand(a), newInspectCommand(a), newVerifyCommand(a),
 		newRmCommand(a), newGCCommand(a), newPinCommand(a), newUnpinCommand(a),
-		newRestoreCommand(a), newPageCommand(a), newDemoCommand(a), newVersionCommand(a),
+		newRestoreCommand(a), newPageCommand(a),
+		newExportCommand(a),
+		newDemoCommand(a), newVersionCommand(a),
 	)
 	return root
 }

@@ -22,9 +22,9 @@ const module = "github.com/ckagent/ckagent/"
 var layers = [][]string{
 	{"uffd", "bpf", "agent/problem", "agent/cgroup", "agent/heartbeat", "agent/procstat"},
 	{"agent/cmdline", "agent/image"},
-	{"agent/qmp", "agent/vm/vmstate", "agent/vm/inject", "agent/doctor", "agent/capture/arena", "agent/capture/source"},
+	{"agent/qmp", "agent/vm/vmstate", "agent/vm/ramstream", "agent/vm/inject", "agent/doctor", "agent/capture/arena", "agent/capture/source"},
 	{"agent/vm", "agent/store"},
-	{"agent/guardian", "agent/capture/faultserver"},
+	{"agent/guardian", "agent/capture/faultserver", "agent/export", "agent/ingest"},
 	{"agent/capture"},
 	{"agent"},
 	{"plugins"},

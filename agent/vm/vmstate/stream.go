@@ -40,37 +40,70 @@ var ErrTruncated = fmt.Errorf("%w: it ends too early", ErrFormat)
 // the versioned machine type that the state was saved on and will be loaded on
 // ("pc-i440fx-7.2"); the file must be whole, from header to end mark.
 func Stream(machineType string, deviceState []byte) ([]byte, error) {
+	head, tail, err := Split(machineType, deviceState)
+	if err != nil {
+		return nil, err
+	}
+	return append(head, tail...), nil
+}
+
+// Split returns the same stream in two pieces, between which RAM may stand: header
+// and configuration; device sections, end mark and description.
+func Split(machineType string, deviceState []byte) (head, tail []byte, err error) {
 	if machineType == "" || len(machineType) > maxMachineBytes {
-		return nil, fmt.Errorf("machine type %.40q has %d bytes, want 1 to %d", machineType, len(machineType), maxMachineBytes)
+		return nil, nil, fmt.Errorf("machine type %.40q has %d bytes, want 1 to %d", machineType, len(machineType), maxMachineBytes)
 	}
 	modern := modernFormat(machineType)
 	body, err := checkHeader(deviceState)
 	if err != nil {
-		return nil, err
+		return nil, nil, err
 	}
 	if err := checkEnd(body, modern); err != nil {
-		return nil, err
+		return nil, nil, err
 	}
-	out := make([]byte, 0, len(deviceState)+len(machineType)+len(vmDescription)+16)
-	out = append(out, deviceState[:headerBytes]...)
+	head = append(make([]byte, 0, len(deviceState)+len(machineType)+len(vmDescription)+16), deviceState[:headerBytes]...)
 	if body[0] == typeConfig {
 		// A QEMU that writes the section itself: keep it if it names our machine.
-		name, _, err := parseConfig(body)
+		name, rest, err := parseConfig(body)
 		if err != nil {
-			return nil, err
+			return nil, nil, err
 		}
 		if name != machineType {
-			return nil, fmt.Errorf("%w: it was saved on machine type %q, not %q", ErrFormat, name, machineType)
+			return nil, nil, fmt.Errorf("%w: it was saved on machine type %q, not %q", ErrFormat, name, machineType)
 		}
+		head = append(head, body[:len(body)-len(rest)]...)
+		body = rest
 	} else if modern {
-		out = append(out, typeConfig)
-		out = binary.BigEndian.AppendUint32(out, uint32(len(machineType)))
-		out = append(out, machineType...)
+		head = append(head, typeConfig)
+		head = binary.BigEndian.AppendUint32(head, uint32(len(machineType)))
+		head = append(head, machineType...)
 	}
-	out = append(out, body...)
-	out = append(out, typeVMDesc)
-	out = binary.BigEndian.AppendUint32(out, uint32(len(vmDescription)))
-	return append(out, vmDescription...), nil
+	tail = append(make([]byte, 0, len(body)+len(vmDescription)+8), body...)
+	tail = append(tail, typeVMDesc)
+	tail = binary.BigEndian.AppendUint32(tail, uint32(len(vmDescription)))
+	return head, append(tail, vmDescription...), nil
+}
+
+// HasFooters says whether streams of a machine type end their sections with
+// footers; streams of 2.3 and older do not.
+func HasFooters(machineType string) bool { return modernFormat(machineType) }
+
+// FreeID is a section id that no section of a device state has: the place of RAM,
+// which the writer counted but left out.
+func FreeID(deviceState []byte) (uint32, error) {
+	l, err := Parse(deviceState)
+	if err != nil {
+		return 0, err
+	}
+	used := make(map[uint32]bool, len(l.Sections))
+	for _, s := range l.Sections {
+		used[s.ID] = true
+	}
+	for id := uint32(1); ; id++ { // ends: there are at most maxSections
+		if !used[id] {
+			return id, nil
+		}
+	}
 }
 
 // checkHeader verifies magic and version and returns what follows them.
