@@ -4,6 +4,8 @@ import (
 	"bytes"
 	"errors"
 	"os"
+	"os/exec"
+	"path/filepath"
 	"testing"
 	"time"
 	"unsafe"
@@ -449,15 +451,9 @@ func TestProtectionAndMoves(t *testing.T) {
 	}
 }
 
-// TestSwapped needs swap; it pages armed memory out and in again.
+// TestSwapped pages armed memory out and in again.
 func TestSwapped(t *testing.T) {
-	b, err := os.ReadFile("/proc/swaps")
-	if err != nil {
-		t.Fatal(err)
-	}
-	if lines(b) < 2 {
-		t.Skip("no swap on this machine")
-	}
+	swapOn(t)
 	r := newRegion(t, anon, span)
 	r.populate()
 	r.arm()
@@ -467,7 +463,7 @@ func TestSwapped(t *testing.T) {
 		t.Fatal(err)
 	}
 	if n == span/PageBytes {
-		t.Skip("nothing was paged out")
+		t.Fatal("nothing was paged out")
 	}
 	r.mustBeArmed(0, span)
 	if r.intact(0, span) {
@@ -488,13 +484,45 @@ func TestSwapped(t *testing.T) {
 	r.mustBeArmed(6*PageBytes, span-6*PageBytes)
 }
 
-func lines(b []byte) (n int) {
-	for _, c := range b {
-		if c == '\n' {
-			n++
-		}
+// swapOn gives the machine swap for the duration of a test.
+func swapOn(t *testing.T) {
+	t.Helper()
+	path := filepath.Join(t.TempDir(), "swap")
+	if err := os.WriteFile(path, make([]byte, 16<<20), 0o600); err != nil {
+		t.Fatal(err)
 	}
-	return n
+	if out, err := exec.Command("/sbin/mkswap", path).CombinedOutput(); err != nil {
+		t.Fatalf("mkswap: %v: %s", err, out)
+	}
+	if out, err := exec.Command("/sbin/swapon", path).CombinedOutput(); err != nil {
+		t.Fatalf("swapon: %v: %s", err, out)
+	}
+	t.Cleanup(func() {
+		if out, err := exec.Command("/sbin/swapoff", path).CombinedOutput(); err != nil {
+			t.Errorf("swapoff: %v: %s", err, out)
+		}
+	})
+}
+
+// mergeOn switches same-page merging on for the duration of a test; it only ever
+// touches memory that asked for it.
+func mergeOn(t *testing.T) {
+	t.Helper()
+	for name, value := range map[string]string{"run": "1", "sleep_millisecs": "1", "pages_to_scan": "10000"} {
+		path := "/sys/kernel/mm/ksm/" + name
+		before, err := os.ReadFile(path)
+		if err == nil {
+			err = os.WriteFile(path, []byte(value), 0)
+		}
+		if err != nil {
+			t.Fatal(err)
+		}
+		t.Cleanup(func() {
+			if err := os.WriteFile(path, bytes.TrimSpace(before), 0); err != nil {
+				t.Error(err)
+			}
+		})
+	}
 }
 
 func vmPTE(t *testing.T) uint64 {
@@ -506,13 +534,10 @@ func vmPTE(t *testing.T) uint64 {
 	return statusField(string(b), "VmPTE")
 }
 
-// TestMerged needs same-page merging switched on. Merging replaces a page behind
+// TestMerged lets the kernel merge equal pages. Merging replaces a page behind
 // its mark; what the mark then says decides whether captures stay sound.
 func TestMerged(t *testing.T) {
-	b, err := os.ReadFile("/sys/kernel/mm/ksm/run")
-	if err != nil || len(b) == 0 || b[0] != '1' {
-		t.Skip("same-page merging is off on this machine")
-	}
+	mergeOn(t)
 	r := newRegion(t, anon, span)
 	same := bytes.Repeat([]byte("same"), PageBytes/4)
 	for off := 0; off < span; off += PageBytes {
@@ -538,7 +563,7 @@ func TestMerged(t *testing.T) {
 		select {
 		case <-tick.C:
 		case <-limit:
-			t.Skipf("still %d frames for %d equal pages", n, len(entries))
+			t.Fatalf("still %d frames for %d equal pages", n, len(entries))
 		}
 	}
 	marked := 0
