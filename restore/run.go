@@ -288,7 +288,7 @@ func (x *run) bringUp(ctx context.Context) error {
 	if err := x.arm(loadCtx, c, stream, remote); err != nil {
 		return err
 	}
-	if err := x.dir.letGo(); err != nil {
+	if err := x.dir.reached(stageTold); err != nil {
 		return err
 	}
 	l, err := load(loadCtx, c, stream, !x.plan.Paused)
@@ -298,6 +298,10 @@ func (x *run) bringUp(ctx context.Context) error {
 	}
 	if err != nil {
 		return loadError(q, loadCtx, err)
+	}
+	if serr := x.dir.reached(stageRuns); serr != nil {
+		// Not worth ending a guest that runs: who finds this out asks QEMU.
+		x.note("%v", serr)
 	}
 	end := l.at
 	x.phase(PhaseFed, l.at)

@@ -29,7 +29,7 @@ type state struct {
 	BootID     string   `json:"boot_id"`
 	Restorer   identity `json:"restorer"`
 	QEMU       identity `json:"qemu"`    // zero while it is being started
-	Waiting    bool     `json:"waiting"` // QEMU is there, but its guest was not let go yet
+	Guest      stage    `json:"guest,omitempty"`
 }
 
 // identity is a process that cannot be mistaken for its successor.
@@ -177,7 +177,7 @@ func Sweep(root string) (int, error) {
 			continue
 		}
 		if s.BootID == boot {
-			if s.QEMU.alive() && s.Waiting && !s.Restorer.alive() {
+			if s.QEMU.alive() && !s.Restorer.alive() && (s.Guest == stageHeld || s.Guest == stageTold && neverRan(s.QEMU.PID)) {
 				s.QEMU.end()
 			}
 			if s.QEMU.alive() || s.Restorer.alive() && s.QEMU.PID == 0 {
@@ -195,12 +195,12 @@ func Sweep(root string) (int, error) {
 
 // adopt notes whose directory it is.
 func (d *runDir) adopt(id identity) error {
-	d.state.QEMU, d.state.Waiting = id, true
+	d.state.QEMU, d.state.Guest = id, stageHeld
 	return d.save()
 }
 
-// letGo notes that the guest may run from now on.
-func (d *runDir) letGo() error {
-	d.state.Waiting = false
+// reached notes what becomes of the guest.
+func (d *runDir) reached(s stage) error {
+	d.state.Guest = s
 	return d.save()
 }

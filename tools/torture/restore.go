@@ -411,6 +411,10 @@ func (x *restored) checkNothing(ctx context.Context, ran bool) {
 		_ = x.qemu.signal(unix.SIGKILL)
 		x.qemu.ended(3 * time.Second)
 	}
+	if x.round.Victim == Nobody {
+		out.fail("a restore that nobody harmed ended with %d", out.Exit)
+		return
+	}
 	again := x.b.Restore(ctx, Round{Kind: "restore", Victim: Nobody, Action: None, Mode: "lazy"})
 	if len(again.Exceptions) > 0 {
 		out.fail("the next restore: %s", strings.Join(again.Exceptions, "; "))
