@@ -252,11 +252,16 @@ type leftAlone struct{ error }
 func (e leftAlone) Unwrap() error { return e.error }
 
 // loadError explains a failed load.
-func loadError(q *qemu, ctx context.Context, err error) error {
-	e := q.failed(ctx, "load the device state", err)
+func (x *run) loadError(ctx context.Context, err error) error {
+	e := x.q.failed(ctx, "load the device state", err)
 	var p *problem.Error
-	if errors.As(e, &p) && p.Code == problem.Failed {
-		p.Hint = "the machine started differs from the checkpointed one: compare the command line shown by --dry-run, the QEMU version and the accelerator"
+	if !errors.As(e, &p) || p.Code != problem.Failed {
+		return e
+	}
+	p.Hint = "the machine started differs from the checkpointed one: compare the command line shown by --dry-run, the QEMU version and the accelerator"
+	if x.older {
+		p.Code = problem.Refused
+		p.Hint = "it is older than QEMU " + x.m.QEMU.Version + ", on which the checkpoint was taken: start that version or a newer one, --qemu PATH"
 	}
 	return e
 }

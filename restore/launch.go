@@ -83,19 +83,12 @@ func launch(ctx context.Context, p *plan.Plan) (_ *qemu, err error) {
 	for _, a := range p.Args {
 		argv = append(argv, strings.ReplaceAll(a, plan.QMPFD, qmpFD))
 	}
-	env := append(slices.Clone(p.Env), "PATH=/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin")
-	for _, name := range []string{"LD_LIBRARY_PATH", "QEMU_MODULE_DIR"} {
-		// What decides about code comes from the operator, never from a manifest.
-		if v, ok := os.LookupEnv(name); ok {
-			env = append(env, name+"="+v)
-		}
-	}
 	dir := p.Cwd
 	if st, err := os.Stat(dir); err != nil || !st.IsDir() {
 		dir = "/"
 	}
 	q.child, err = os.StartProcess(p.Binary, argv, &os.ProcAttr{
-		Dir: dir, Env: env, Files: []*os.File{null, out, out, sock},
+		Dir: dir, Env: environ(p), Files: []*os.File{null, out, out, sock},
 		Sys: &syscall.SysProcAttr{Setsid: true, Credential: credential(p)},
 	})
 	if err != nil {
@@ -106,6 +99,18 @@ func launch(ctx context.Context, p *plan.Plan) (_ *qemu, err error) {
 		return nil, q.failed(ctx, "start", err)
 	}
 	return q, nil
+}
+
+// environ is what QEMU gets.
+func environ(p *plan.Plan) []string {
+	env := append(slices.Clone(p.Env), "PATH=/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin")
+	for _, name := range []string{"LD_LIBRARY_PATH", "QEMU_MODULE_DIR"} {
+		// What decides about code comes from the operator, never from a manifest.
+		if v, ok := os.LookupEnv(name); ok {
+			env = append(env, name+"="+v)
+		}
+	}
+	return env
 }
 
 // identify opens the process once it greets: what was started may be a wrapper

@@ -9,6 +9,8 @@ import (
 	"testing"
 	"time"
 
+	"github.com/ckagent/ckagent/agent/image"
+	"github.com/ckagent/ckagent/agent/problem"
 	"github.com/ckagent/ckagent/restore/pager"
 	"github.com/ckagent/ckagent/tools/guest"
 	"github.com/ckagent/ckagent/tools/vmtest"
@@ -55,18 +57,61 @@ func TestMatrixQEMU10(t *testing.T) {
 			restoreMachine(t, vmtest.Config{QEMU: q, Machine: machine, MemoryMiB: 192, WSMiB: 8})
 		})
 	}
-	t.Run("from 7.2", func(t *testing.T) {
-		// A checkpoint of 7.2 on 10.0, as after an upgrade of the host: the manifest
-		// names the versioned machine type.
-		v := vmtest.Start(t, vmtest.Config{Machine: "q35", MemoryMiB: 192, WSMiB: 8})
+	// A checkpoint of 7.2 on 10.0, as after an upgrade of the host: the manifest names
+	// the versioned machine type.
+	for _, machine := range []string{"pc", "q35"} {
+		t.Run("from 7.2 "+machine, func(t *testing.T) {
+			v := vmtest.Start(t, vmtest.Config{Machine: machine, MemoryMiB: 192, WSMiB: 8, VirtioDevices: 6})
+			v.WaitSweeps(t, 1)
+			st := testStore(t)
+			id := takeCheckpoint(t, v, st, nil)
+			v.Kill()
+			o := testOptions(t)
+			o.Binary, o.Extra = upgraded(t, q), q.Args
+			logPhases(t, restoreAndCheck(t, st, id, o, v))
+		})
+	}
+	// And back, where the older one knows the machine type.
+	t.Run("to 7.2", func(t *testing.T) {
+		v := vmtest.Start(t, vmtest.Config{QEMU: q, Machine: "pc-q35-7.2", MemoryMiB: 192, WSMiB: 8, VirtioDevices: 6})
 		v.WaitSweeps(t, 1)
 		st := testStore(t)
-		id := takeCheckpoint(t, v, st, nil)
+		id := takeCheckpoint(t, v, st, withoutFirmwarePath)
 		v.Kill()
 		o := testOptions(t)
-		o.Binary, o.Extra = upgraded(t, q), q.Args
-		logPhases(t, restoreAndCheck(t, st, id, o, v))
+		o.Binary = "/usr/bin/qemu-system-x86_64"
+		res := restoreAndCheck(t, st, id, o, v)
+		if !strings.Contains(strings.Join(res.Notes, " "), "older than the checkpoint's 10.") {
+			t.Errorf("notes %q do not say that QEMU is older", res.Notes)
+		}
 	})
+	t.Run("to 7.2 refused", func(t *testing.T) {
+		v := vmtest.Start(t, vmtest.Config{QEMU: q, Machine: "q35", MemoryMiB: 64, Guest: vmtest.NoGuest})
+		st := testStore(t)
+		id := takeCheckpoint(t, v, st, withoutFirmwarePath)
+		v.Kill()
+		o := testOptions(t)
+		o.Binary = "/usr/bin/qemu-system-x86_64"
+		o.OnPhase = func(p Phase) {
+			if p.Name != PhasePlanned {
+				t.Errorf("phase %s was reached: QEMU was started", p.Name)
+			}
+		}
+		failing(t, st, id, o, problem.Refused, "it is QEMU 7.", "taken on 10.", "machine type pc-q35-10.", "--qemu")
+	})
+}
+
+// withoutFirmwarePath takes out where the other QEMU has its firmware.
+func withoutFirmwarePath(m *image.Manifest) {
+	argv := m.Machine.Argv
+	for i := 1; i+1 < len(argv); {
+		if argv[i] == "-L" {
+			argv = slices.Delete(argv, i, i+2)
+			continue
+		}
+		i++
+	}
+	m.Machine.Argv = argv
 }
 
 func leaveOutIfShort(t *testing.T) {

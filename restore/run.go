@@ -43,6 +43,7 @@ type run struct {
 	q      *qemu
 	warm   *pager.Warm
 	pager  *pager.Process
+	older  bool // the QEMU to be started is older than the recorded one, and knows all there is
 }
 
 // RunImage restores the checkpoint behind an opened reader, which it leaves open.
@@ -150,6 +151,9 @@ func (x *run) prepare(ctx context.Context) (err error) {
 	}
 	p := x.plan
 	if err := checkBinary(p.Binary, x.o.Binary != ""); err != nil {
+		return err
+	}
+	if err := x.checkVersion(ctx); err != nil {
 		return err
 	}
 	if !x.o.Clone && !x.o.AssumeDead {
@@ -297,7 +301,7 @@ func (x *run) bringUp(ctx context.Context) error {
 			WithHint("nothing was taken away from it: look at it by its monitor %s, and end it if it hangs", x.plan.QMPPath)}
 	}
 	if err != nil {
-		return loadError(q, loadCtx, err)
+		return x.loadError(loadCtx, err)
 	}
 	if serr := x.dir.reached(stageRuns); serr != nil {
 		// Not worth ending a guest that runs: who finds this out asks QEMU.
@@ -335,9 +339,8 @@ func (x *run) stream(ctx context.Context) (*feed, error) {
 // arm finds the memory, hands QEMU the stream, and starts the pager.
 func (x *run) arm(ctx context.Context, c *qmp.Client, stream *feed, remote int) error {
 	q := x.q
-	if v := c.Version(); olderThan(v, x.m.QEMU.Version) {
-		return problem.New(problem.Refused, "restore", x.plan.Binary, "it is QEMU %s; the checkpoint was taken on %s", v, x.m.QEMU.Version).
-			WithHint("a device state moves to newer QEMUs, not to older ones: --qemu PATH")
+	if v := c.Version(); !x.older && olderThan(v, x.m.QEMU.Version) {
+		return x.tooOld(v.String(), "it was replaced by an older one since")
 	}
 	var g errgroup.Group
 	g.Go(func() error { return handFeed(ctx, c, stream) })
@@ -371,16 +374,6 @@ func (x *run) arm(ctx context.Context, c *qmp.Client, stream *feed, remote int) 
 	}
 	x.phase(PhaseArmed, time.Now())
 	return nil
-}
-
-// olderThan compares with a recorded "major.minor.micro"; an unknown one is not
-// newer.
-func olderThan(v qmp.Version, recorded string) bool {
-	var major, minor int
-	if n, _ := fmt.Sscanf(recorded, "%d.%d", &major, &minor); n != 2 {
-		return false
-	}
-	return !v.AtLeast(major, minor)
 }
 
 // drain waits until all memory is in, unless the caller does not want to.
