@@ -18,6 +18,8 @@ import (
 type Options struct {
 	Name string // of the VM in the store; default: QEMU's -name, else vm-PID
 	QMP  string // address of the monitor; default: found
+	// LeaveDisksOut takes VMs whose writable disks are to be left out of checkpoints.
+	LeaveDisksOut bool
 }
 
 // VM is a running VM that we may take checkpoints of.
@@ -33,7 +35,8 @@ type VM struct {
 	qemu    image.QEMU
 }
 
-// Attach takes hold of the VM that runs as process pid. It changes nothing. What
+// Attach takes hold of the VM that runs as process pid. It changes nothing, but takes
+// out what a dead ckagent left in its block graph. What
 // cannot be protected is problem.Refused, with all reasons; a VM that another
 // ckagent works on is problem.Busy.
 func Attach(ctx context.Context, pid int, o Options) (*VM, error) {
@@ -98,6 +101,12 @@ func (v *VM) look(ctx context.Context, t *vm.Target) error {
 	if _, err := t.Layout(ctx); err != nil {
 		return err
 	}
+	// What a dead ckagent left in the block graph would be taken for the machine's
+	// own; nobody else is at work on it, for we hold its lock.
+	if _, err := t.TakeOutLeftovers(ctx); err != nil {
+		return problem.New(problem.CodeOf(err), "protect", t.Process.String(), "an earlier checkpoint's disks: %w", err)
+	}
+	t.LeaveDisksOut = v.opts.LeaveDisksOut
 	refusals, err := t.Refusals(ctx)
 	if err != nil {
 		return err

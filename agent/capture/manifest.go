@@ -45,7 +45,7 @@ func sourceBlock(b *vm.RAMBlock) source.Block {
 	return s
 }
 
-func (s *session) manifest(sum image.Summary, hot image.HotRuns, total time.Duration) *image.Manifest {
+func (s *session) manifest(sum image.Summary, hot image.HotRuns, disks []image.Disk, total time.Duration) *image.Manifest {
 	engine := EngineNone
 	if s.mode == COW {
 		engine = EngineUffd
@@ -53,7 +53,7 @@ func (s *session) manifest(sum image.Summary, hot image.HotRuns, total time.Dura
 	m := &image.Manifest{
 		VM: s.sub.Name, CreatedAt: s.res.Timing.At,
 		Mode: string(s.mode), Engine: string(engine),
-		QEMU: s.sub.QEMU, Machine: s.sub.Machine, Hot: hot,
+		QEMU: s.sub.QEMU, Machine: s.sub.Machine, Hot: hot, Disks: disks,
 	}
 	// Whether the guest ran is known only now: somebody may have paused it since
 	// the machine was described.
@@ -68,6 +68,11 @@ func (s *session) manifest(sum image.Summary, hot image.HotRuns, total time.Dura
 	m.Stats.ArmNS = s.res.Capture.FreezeNS
 	m.Stats.CapturedPages = s.res.Capture.FaultPages
 	m.Stats.TotalNS = total.Nanoseconds()
+	for _, d := range disks {
+		if len(d.Volumes) > 0 {
+			m.Stats.DiskBytes += d.Volumes[0].Bytes
+		}
+	}
 	return m
 }
 

@@ -26,6 +26,14 @@ const (
 	EngineNone Engine = "none" // recorded for modes that need none
 )
 
+// Disks says what becomes of the writable disks.
+type Disks string
+
+const (
+	DisksBackup Disks = "backup" // copied to the store
+	DisksNone   Disks = "none"   // left out; a restore has to be told that this is meant
+)
+
 // Options of one checkpoint. Zero values mean the defaults.
 type Options struct {
 	Mode     Mode
@@ -42,6 +50,13 @@ type Options struct {
 	// MinFreeBytes is what the checkpoint must leave free in the store.
 	MinFreeBytes uint64
 
+	Disks Disks // default: backup
+	// DiskSpeedBytes bounds the copying of each disk, in bytes per second.
+	DiskSpeedBytes uint64
+	// DiskMemoryBytes bounds the memory for what the guest overwrites on its disks
+	// before it was copied. Default: a quarter of what is available, at most 1 GiB.
+	DiskMemoryBytes uint64
+
 	// Helper is the command line that starts a helper process of ours: the verb
 	// is appended. Default: this very binary.
 	Helper []string
@@ -52,7 +67,7 @@ type Options struct {
 
 // Event is one step of a checkpoint.
 type Event struct {
-	Step   string // mode, prearm, stop, resume, drain, retake, commit
+	Step   string // mode, prearm, stop, resume, drain, disks, retake, commit
 	Detail string
 	Took   time.Duration // of the step that ended, if one did
 }
@@ -74,6 +89,9 @@ func (o Options) withDefaults() (Options, error) {
 	if o.Compress == "" {
 		o.Compress = "none"
 	}
+	if o.Disks == "" {
+		o.Disks = DisksBackup
+	}
 	if o.MaxStall == 0 {
 		o.MaxStall = defaultMaxStall
 	}
@@ -90,6 +108,11 @@ func (o Options) withDefaults() (Options, error) {
 			WithHint("use stop, buffer or cow")
 	default:
 		return o, usage("mode %q: want auto, stop, buffer or cow", o.Mode)
+	}
+	switch o.Disks {
+	case DisksBackup, DisksNone:
+	default:
+		return o, usage("disks %q: want backup or none", o.Disks)
 	}
 	switch o.Engine {
 	case EngineAuto, EngineUffd:

@@ -7,6 +7,7 @@ import (
 	"os"
 	"time"
 
+	"github.com/ckagent/ckagent/agent/capture/diskcopy"
 	"github.com/ckagent/ckagent/agent/capture/faultserver"
 	"github.com/ckagent/ckagent/agent/capture/source"
 	"github.com/ckagent/ckagent/agent/image"
@@ -120,6 +121,8 @@ type session struct {
 	src    *source.Source
 	blocks []source.Block
 	writer *image.Writer
+	disks  *diskcopy.Set
+	left   []image.Disk // disks that are left out
 
 	migration vm.Migration // as it was before anything was done
 }
@@ -176,6 +179,14 @@ func (s *session) take(ctx context.Context) (err error) {
 			err = errors.Join(err, txn.Abort())
 		}
 	}()
+	if err := s.planDisks(ctx, txn, need); err != nil {
+		return err
+	}
+	defer func() {
+		if !committed {
+			err = errors.Join(err, s.disks.Drop(ctx))
+		}
+	}()
 	if s.writer, err = image.NewWriter(txn.Dir(), blocks, image.WriterOptions{Compress: s.o.Compress}); err != nil {
 		return err
 	}
@@ -204,11 +215,20 @@ func (s *session) take(ctx context.Context) (err error) {
 	if err != nil {
 		return err
 	}
-	m := s.manifest(sum, hot, time.Since(begin))
+	disks, err := s.disks.Seal(ctx)
+	if err != nil {
+		return err
+	}
+	m := s.manifest(sum, hot, append(disks, s.left...), time.Since(begin))
 	if err := txn.Commit(ctx, m); err != nil {
 		return err
 	}
 	committed = true
+	if err := s.disks.Keep(ctx); err != nil {
+		// The checkpoint exists; what is left costs a little memory in QEMU and is
+		// removed by the next one.
+		s.o.tell("disks", 0, "%v", err)
+	}
 	s.res.Manifest = m
 	return nil
 }
@@ -279,6 +299,14 @@ func (s *session) capture(ctx context.Context) (hot image.HotRuns, err error) {
 		}
 		after = func(context.Context) error { return nil }
 	}
+	defer func() {
+		if err != nil { // while the guardian still watches
+			err = errors.Join(err, s.disks.Drop(ctx))
+		}
+	}()
+	if err := s.disks.Prepare(ctx); err != nil {
+		return nil, err
+	}
 	if _, err := s.target.FlushDisks(ctx); err != nil {
 		return nil, err
 	}
@@ -287,6 +315,7 @@ func (s *session) capture(ctx context.Context) (hot image.HotRuns, err error) {
 		return nil, err
 	}
 	defer func() { err = errors.Join(err, p.close(ctx)) }()
+	p.disks, p.confirm = s.disks.Requests(), s.disks.Confirm
 	if err := w.healthy(); err != nil {
 		return nil, err
 	}
@@ -304,9 +333,23 @@ func (s *session) capture(ctx context.Context) (hot image.HotRuns, err error) {
 		return nil, err
 	}
 	s.o.tell("resume", time.Duration(s.res.Timing.PauseNS), "the guest runs again")
+	// At once: until it is copied, what the guest overwrites takes memory.
+	if err := s.disks.Start(ctx); err != nil {
+		return nil, err
+	}
 	if err := s.writer.WriteDeviceState(p.state); err != nil {
 		return nil, err
 	}
-	err = after(ctx)
-	return hot, err
+	if err := after(ctx); err != nil {
+		return nil, err
+	}
+	begin := time.Now()
+	if err := s.disks.Wait(ctx); err != nil {
+		return nil, err
+	}
+	if err := s.disks.Finish(ctx); err != nil {
+		return nil, err
+	}
+	s.o.tell("disks", time.Since(begin), "copied")
+	return hot, nil
 }

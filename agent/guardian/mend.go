@@ -16,6 +16,7 @@ import (
 	"github.com/ckagent/ckagent/agent/problem"
 	"github.com/ckagent/ckagent/agent/qmp"
 	"github.com/ckagent/ckagent/agent/vm"
+	"github.com/ckagent/ckagent/agent/vm/disk"
 	"github.com/ckagent/ckagent/agent/vm/inject"
 )
 
@@ -26,26 +27,29 @@ const (
 	monitorPatience = 10 * time.Second       // for QMP to be in step; it may be flushing disks
 	injectPatience  = 3 * time.Second        // for closing descriptors inside
 	resumeAgain     = time.Second            // between two tries to resume
+	diskPatience    = 30 * time.Second       // for copies of disks to be cancelled
 )
 
 // Report says what a take-over or a release did.
 type Report struct {
-	Schema       string   `json:"schema"`
-	QEMUPID      int      `json:"qemu_pid"`
-	Reason       string   `json:"reason"`
-	At           string   `json:"at"`
-	Phase        uint32   `json:"phase"`                   // the agent's, as it left it
-	AgentEnded   bool     `json:"agent_ended"`             // by us
-	GuardEnded   bool     `json:"guardian_ended"`          // by us (release only)
-	ServerEnded  bool     `json:"fault_server_ended"`      // by us, as it did not go by itself
-	Continued    bool     `json:"continued"`               // SIGCONT sent
-	StatusBefore string   `json:"status_before,omitempty"` // QEMU's run state as found
-	Resumed      bool     `json:"resumed"`                 // `cont` sent
-	ClosedFDs    []int    `json:"closed_fds"`              // descriptors closed inside QEMU
-	Armed        bool     `json:"armed"`                   // memory is still write-protected
-	TookNS       int64    `json:"took_ns"`
-	ResumedNS    int64    `json:"resumed_ns,omitempty"` // from the decision to QEMU's answer to `cont`
-	Problems     []string `json:"problems,omitempty"`
+	Schema       string `json:"schema"`
+	QEMUPID      int    `json:"qemu_pid"`
+	Reason       string `json:"reason"`
+	At           string `json:"at"`
+	Phase        uint32 `json:"phase"`                   // the agent's, as it left it
+	AgentEnded   bool   `json:"agent_ended"`             // by us
+	GuardEnded   bool   `json:"guardian_ended"`          // by us (release only)
+	ServerEnded  bool   `json:"fault_server_ended"`      // by us, as it did not go by itself
+	Continued    bool   `json:"continued"`               // SIGCONT sent
+	StatusBefore string `json:"status_before,omitempty"` // QEMU's run state as found
+	Resumed      bool   `json:"resumed"`                 // `cont` sent
+	ClosedFDs    []int  `json:"closed_fds"`              // descriptors closed inside QEMU
+	Armed        bool   `json:"armed"`                   // memory is still write-protected
+	TookNS       int64  `json:"took_ns"`
+	ResumedNS    int64  `json:"resumed_ns,omitempty"` // from the decision to QEMU's answer to `cont`
+	// Disks is what was taken out of the block graph.
+	Disks    *disk.Swept `json:"disks,omitempty"`
+	Problems []string    `json:"problems,omitempty"`
 }
 
 const reportSchema = "ckagent.release/1"
@@ -152,7 +156,18 @@ func resume(ctx context.Context, c *Control, qemuPidfd int, socket *os.File, end
 		c.Stopped.Store(0)
 	}
 	r.note(dropFdsets(ctx, m))
+	r.sweepDisks(ctx, m)
 	return nil
+}
+
+// sweepDisks takes out of the block graph what a checkpoint copies disks with. The
+// bitmaps stay: they cost next to nothing, and the next checkpoint judges them.
+func (r *Report) sweepDisks(ctx context.Context, m executor) {
+	ctx, cancel := context.WithTimeout(context.WithoutCancel(ctx), diskPatience)
+	defer cancel()
+	swept, err := disk.Sweep(ctx, m, false)
+	r.note(err)
+	r.Disks = &swept
 }
 
 // FdsetOpaque marks the descriptor sets that a checkpoint makes in QEMU.

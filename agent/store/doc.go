@@ -7,6 +7,7 @@
 //	                      pagemap seg-0000 ... device-state
 //	                      lease.<...>       somebody writes or reads it
 //	                      pinned            kept whatever retention says
+//	<store>/vms/<vm>/disks/<volume>         content of a disk; stays while a manifest names it
 //
 // Life cycle of a checkpoint. Begin makes its directory with a writer's lease.
 // An image.Writer fills it. Commit syncs every file and the directory, renames

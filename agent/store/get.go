@@ -108,14 +108,19 @@ func (s *Store) check(ctx context.Context, c candidate, o GetOptions) (*image.Ma
 			return nil, err
 		}
 		defer img.Close()
-		return img.Manifest(), img.Verify(ctx, o.Progress)
+		if err := img.Verify(ctx, o.Progress); err != nil {
+			return img.Manifest(), err
+		}
+		return img.Manifest(), s.CheckVolumes(ctx, img.Manifest(), true)
 	}
 	r, err := s.openReader(c)
 	if err != nil {
 		return nil, err
 	}
 	defer r.Close()
-	_, err = r.DeviceState(ctx)
+	if _, err = r.DeviceState(ctx); err == nil {
+		err = s.CheckVolumes(ctx, r.Manifest(), false)
+	}
 	return r.Manifest(), err
 }
 

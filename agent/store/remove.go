@@ -8,6 +8,7 @@ import (
 
 	"golang.org/x/sys/unix"
 
+	"github.com/ckagent/ckagent/agent/image"
 	"github.com/ckagent/ckagent/agent/image/fsys"
 	"github.com/ckagent/ckagent/agent/problem"
 )
@@ -50,7 +51,10 @@ func (s *Store) Remove(ctx context.Context, id string, force bool) (Info, error)
 	if err != nil {
 		return info, err
 	}
-	return info, fsys.Problem(op, c.dir, removeDir(s.fs, c.dir))
+	if err := removeDir(s.fs, c.dir); err != nil {
+		return info, fsys.Problem(op, c.dir, err)
+	}
+	return info, s.sweepVolumes(ctx, op, c.vmDir)
 }
 
 // unlink makes a checkpoint vanish if it is not the last good one and nothing
@@ -202,6 +206,9 @@ func (s *Store) ApplyRetention(ctx context.Context, vm string, keepLast int) (Re
 			err = fsys.Problem(op, c.dir, rerr)
 		}
 	}
+	if len(gone) > 0 && err == nil {
+		err = s.sweepVolumes(ctx, op, vmDir(vm))
+	}
 	return rep, err
 }
 
@@ -290,15 +297,30 @@ func (s *Store) gcVM(ctx context.Context, op, vm string, o GCOptions, rep *GCRep
 			}
 		}
 	}
-	if o.DryRun {
-		return nil
+	if err := s.gcVolumes(ctx, op, vm, o, rep); err != nil || o.DryRun {
+		return err
 	}
 	return s.locked(ctx, op, func() error {
-		err := s.fs.Remove(filepath.Join(s.dir, vmsName, vm)) // only if empty
-		if errors.Is(err, unix.ENOTEMPTY) || errors.Is(err, unix.EEXIST) || errors.Is(err, fs.ErrNotExist) {
-			err = nil
+		for _, dir := range []string{filepath.Join(vm, image.DisksDirName), vm} {
+			err := s.fs.Remove(filepath.Join(s.dir, vmsName, dir)) // only if empty
+			if err != nil && !errors.Is(err, unix.ENOTEMPTY) && !errors.Is(err, unix.EEXIST) && !errors.Is(err, fs.ErrNotExist) {
+				return fsys.Problem(op, dir, err)
+			}
 		}
-		return fsys.Problem(op, vm, err)
+		return nil
+	})
+}
+
+// gcVolumes removes what no checkpoint of a VM names any more.
+func (s *Store) gcVolumes(ctx context.Context, op, vm string, o GCOptions, rep *GCReport) error {
+	return s.locked(ctx, op, func() error {
+		unused, err := s.unusedVolumes(op, vm, o.Force)
+		for _, path := range unused {
+			if err == nil {
+				err = fsys.Problem(op, path, s.gcFile(path, o, rep))
+			}
+		}
+		return err
 	})
 }
 

@@ -116,6 +116,9 @@ func (t *Txn) Commit(ctx context.Context, m *image.Manifest) error {
 	if err := t.syncFiles(ctx, m); err != nil {
 		return err
 	}
+	if err := t.syncVolumes(m); err != nil {
+		return err
+	}
 	tmp := manifestPath(t.dir) + tmpSuffix
 	if err := removeFile(t.s.fs, tmp); err != nil { // of a Commit that failed
 		return fsys.Problem(op, tmp, err)
@@ -197,7 +200,9 @@ func (t *Txn) Abort() error {
 		return nil
 	}
 	t.done = true
-	return fsys.Problem("abort checkpoint", t.dir, removeDir(t.s.fs, t.dir))
+	// The volumes first: the lease in the directory is what protects them.
+	err := t.dropVolumes()
+	return fsys.Problem("abort checkpoint", t.dir, errors.Join(err, removeDir(t.s.fs, t.dir)))
 }
 
 // removeDir removes a checkpoint's directory: the manifest first and durably, so

@@ -225,11 +225,11 @@ func TestRefusals(t *testing.T) {
 			want []string
 			say  string // must appear
 		}{
-			{"writable disk", []string{"-drive", "if=virtio,id=vda,format=raw,file=" + disk}, []string{"writable-disk"}, "vda"},
-			{"writable node", []string{"-blockdev", "driver=file,node-name=f0,filename=" + disk, "-device", "virtio-blk-pci,drive=f0,id=blk"}, []string{"writable-disk"}, "blk"},
-			{"snapshot=on", []string{"-drive", "if=virtio,id=vdb,snapshot=on,format=raw,file=" + disk}, []string{"writable-disk"}, "temporary"},
-			{"global snapshot", []string{"-snapshot", "-drive", "if=virtio,id=vdc,format=raw,file=" + disk}, []string{"writable-disk"}, "temporary"},
-			{"floppy", []string{"-drive", "if=floppy,format=raw,file=" + disk}, []string{"writable-disk"}, "floppy0"},
+			{"writable disk", []string{"-drive", "if=virtio,id=vda,format=raw,file=" + disk}, nil, ""},
+			{"writable node", []string{"-blockdev", "driver=file,node-name=f0,filename=" + disk, "-device", "virtio-blk-pci,drive=f0,id=blk"}, nil, ""},
+			{"snapshot=on", []string{"-drive", "if=virtio,id=vdb,snapshot=on,format=raw,file=" + disk}, []string{"temporary-disk"}, "temporary"},
+			{"global snapshot", []string{"-snapshot", "-drive", "if=virtio,id=vdc,format=raw,file=" + disk}, []string{"temporary-disk"}, "temporary"},
+			{"floppy", []string{"-drive", "if=floppy,format=raw,file=" + disk}, nil, ""},
 			{"read-only disk", []string{"-drive", "if=virtio,readonly=on,format=raw,file=" + disk, "-cdrom", disk}, nil, ""},
 			{"blocked device", []string{"-device", "nvme,serial=1"}, []string{"migration-blocker"}, "nvme"},
 			{"incoming", []string{"-incoming", "defer"}, []string{"run-state"}, "inmigrate"},

@@ -17,6 +17,7 @@ type Disk struct {
 	Node      string `json:"node,omitempty"` // top node of the medium
 	Driver    string `json:"driver,omitempty"`
 	File      string `json:"file,omitempty"`
+	Bytes     uint64 `json:"size_bytes,omitempty"` // that the guest sees
 	Inserted  bool   `json:"inserted"`
 	ReadOnly  bool   `json:"read_only"`
 	Removable bool   `json:"removable"`
@@ -37,7 +38,8 @@ type blockInfo struct {
 		RO       bool   `json:"ro"`
 		Drv      string `json:"drv"`
 		Image    struct {
-			Filename string `json:"filename"`
+			Filename    string `json:"filename"`
+			VirtualSize uint64 `json:"virtual-size"`
 		} `json:"image"`
 	} `json:"inserted"`
 }
@@ -68,6 +70,7 @@ func (t *Target) Disks(ctx context.Context) ([]Disk, error) {
 		}
 		if i := b.Inserted; i != nil {
 			d.Inserted, d.ReadOnly, d.Driver, d.Node, d.File = true, i.RO, i.Drv, i.NodeName, i.File
+			d.Bytes = i.Image.VirtualSize
 			if i.Image.Filename != "" && !strings.HasPrefix(i.Image.Filename, "json:") {
 				d.File = i.Image.Filename
 			}
@@ -84,26 +87,26 @@ func (t *Target) Disks(ctx context.Context) ([]Disk, error) {
 	return out, nil
 }
 
-// diskRefusals names the drives whose content a checkpoint would not hold.
+// passthrough reports that the guest speaks to the medium itself.
+func (d *Disk) passthrough() bool {
+	return slices.Contains([]string{"scsi-generic", "scsi-block"}, d.Type)
+}
+
+// diskRefusals names the drives that no checkpoint can hold, for what they are.
 func diskRefusals(disks []Disk) []Refusal {
 	var out []Refusal
 	for i := range disks {
 		d := &disks[i]
 		switch {
 		case d.Pflash || !d.Inserted:
-		case slices.Contains([]string{"scsi-generic", "scsi-block"}, d.Type):
+		case d.passthrough():
 			out = append(out, Refusal{Code: "passthrough-disk", Object: d.Name,
 				Reason: fmt.Sprintf("%s hands SCSI commands to %s, whose state is not in the VM", d.Type, d.File),
 				Advice: "use scsi-hd or virtio-blk on an image"})
-		case d.ReadOnly:
-		case d.Temporary:
-			out = append(out, Refusal{Code: "writable-disk", Object: d.Name,
+		case d.Temporary && !d.ReadOnly:
+			out = append(out, Refusal{Code: "temporary-disk", Object: d.Name,
 				Reason: "its writes go to a temporary overlay (snapshot=on) that ends with QEMU, so a restored guest would find its disk without them",
 				Advice: "give it a lasting image, or make it read-only (readonly=on)"})
-		default:
-			out = append(out, Refusal{Code: "writable-disk", Object: d.Name,
-				Reason: fmt.Sprintf("it is writable (%s), and disks are not part of a checkpoint yet: memory restored against a disk of a later time destroys file systems", d.File),
-				Advice: "attach it read-only (readonly=on), detach it, or keep the guest's data in memory or on the network"})
 		}
 	}
 	return out

@@ -11,6 +11,7 @@ import (
 
 	"github.com/ckagent/ckagent/agent/problem"
 	"github.com/ckagent/ckagent/agent/qmp"
+	"github.com/ckagent/ckagent/agent/vm/disk"
 )
 
 // Refusal is one reason why a VM cannot be protected. Codes are stable; scripts
@@ -100,7 +101,7 @@ func (t *Target) refuseMigration(ctx context.Context) ([]Refusal, error) {
 		return nil, fmt.Errorf("query-jobs: %w", err)
 	}
 	for _, j := range jobs {
-		if j.Status != "concluded" && j.Status != "null" {
+		if j.Status != "concluded" && j.Status != "null" && !disk.Ours(j.ID) {
 			out = append(out, Refusal{Code: "job-active", Object: j.ID, Reason: "a " + j.Type + " job is under way",
 				Advice: "wait for it to end or cancel it"})
 		}
@@ -201,11 +202,11 @@ func (t *Target) refuseDevices(ctx context.Context) ([]Refusal, error) {
 }
 
 func (t *Target) refuseDisks(ctx context.Context) ([]Refusal, error) {
-	disks, err := t.Disks(ctx)
-	if err != nil {
-		return nil, err
+	if t.LeaveDisksOut {
+		return nil, nil
 	}
-	return diskRefusals(disks), nil
+	_, refused, err := t.DiskSources(ctx)
+	return refused, err
 }
 
 func (t *Target) refuseTracer(context.Context) ([]Refusal, error) {

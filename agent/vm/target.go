@@ -30,6 +30,10 @@ type Target struct {
 	Options []cmdline.Option
 
 	Blocks []RAMBlock // filled by Layout; nil before
+
+	// LeaveDisksOut is set by who wants checkpoints without disks: then Refusals
+	// does not judge them.
+	LeaveDisksOut bool
 }
 
 // Options say how to open a target.

@@ -51,7 +51,7 @@ func runAttach(c *cobra.Command, a *app, o *attachOptions, arg string) (err erro
 	if err != nil {
 		return err
 	}
-	v, err := agent.Attach(c.Context(), pid, agent.Options{Name: o.name, QMP: o.qmp})
+	v, err := agent.Attach(c.Context(), pid, o.attach())
 	if err != nil {
 		return err
 	}

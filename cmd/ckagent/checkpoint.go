@@ -25,6 +25,9 @@ type captureFlags struct {
 	maxStall   time.Duration
 	captureMem sizeValue
 	bufferMem  sizeValue
+	disks      string
+	diskSpeed  sizeValue
+	diskMem    sizeValue
 }
 
 func (f *captureFlags) add(c *cobra.Command) {
@@ -39,6 +42,9 @@ func (f *captureFlags) add(c *cobra.Command) {
 	fl.Var(&f.minFree, "min-free", "space to leave free in the store")
 	fl.DurationVar(&f.maxStall, "max-stall", 100*time.Millisecond, "longest time a vCPU may wait for us")
 	fl.Var(&f.captureMem, "capture-memory", "memory for pages on their way to the store in mode cow (default 96M)")
+	fl.StringVar(&f.disks, "disks", "backup", "backup (copy the writable disks of the same instant to the store) or none")
+	fl.Var(&f.diskSpeed, "disk-speed", "most to copy of each disk per second (default 256M)")
+	fl.Var(&f.diskMem, "disk-memory", "memory for what the guest overwrites before it was copied (default: a quarter of what is available, at most 1G)")
 	fl.Var(&f.bufferMem, "buffer-memory", "limit of mode buffer (default: half of the available memory)")
 }
 
@@ -50,8 +56,13 @@ func (f *captureFlags) options(a *app) (capture.Options, error) {
 		Mode: capture.Mode(f.mode), Engine: capture.Engine(f.engine), Compress: f.compress,
 		MaxStall: f.maxStall, MinFreeBytes: uint64(f.minFree),
 		ArenaBytes: uint64(f.captureMem), BufferBytes: uint64(f.bufferMem),
+		Disks: capture.Disks(f.disks), DiskSpeedBytes: uint64(f.diskSpeed), DiskMemoryBytes: uint64(f.diskMem),
 		Progress: func(e capture.Event) { a.log.Debug(e.Step, "detail", e.Detail, "took", e.Took) },
 	}, nil
+}
+
+func (f *captureFlags) attach() agent.Options {
+	return agent.Options{Name: f.name, QMP: f.qmp, LeaveDisksOut: f.disks == string(capture.DisksNone)}
 }
 
 func newCheckpointCommand(a *app) *cobra.Command {
@@ -86,7 +97,7 @@ func runCheckpoint(c *cobra.Command, a *app, f *captureFlags, arg string) (err e
 	if err != nil {
 		return err
 	}
-	v, err := agent.Attach(ctx, pid, agent.Options{Name: f.name, QMP: f.qmp})
+	v, err := agent.Attach(ctx, pid, f.attach())
 	if err != nil {
 		return err
 	}
@@ -108,39 +119,42 @@ func runCheckpoint(c *cobra.Command, a *app, f *captureFlags, arg string) (err e
 
 // checkpointResult is what a new checkpoint is reported as.
 type checkpointResult struct {
-	Schema        string   `json:"schema"`
-	ID            string   `json:"id"`
-	VM            string   `json:"vm"`
-	QEMUPID       int      `json:"qemu_pid"`
-	Mode          string   `json:"mode"`
-	Engine        string   `json:"engine"`
-	Parent        string   `json:"parent"`
-	RAMBytes      uint64   `json:"ram_bytes"`
-	PageBytes     uint64   `json:"page_bytes"`
-	Pages         uint64   `json:"pages"`
-	ZeroPages     uint64   `json:"zero_pages"`
-	CapturedPages uint64   `json:"captured_pages"`
-	StoredBytes   uint64   `json:"stored_bytes"`
-	PauseNS       int64    `json:"pause_ns"`
-	ArmNS         int64    `json:"arm_ns"`
-	DeviceStateNS int64    `json:"device_state_ns"`
-	TotalNS       int64    `json:"total_ns"`
-	StopNS        int64    `json:"stop_ns"`
-	ContNS        int64    `json:"cont_ns"`
-	PrearmNS      int64    `json:"prearm_ns"`
-	ScanNS        int64    `json:"scan_ns"`
-	ReleaseNS     int64    `json:"release_ns"`
-	Faults        uint64   `json:"faults"`
-	FaultP50NS    int64    `json:"fault_p50_ns"`
-	FaultP99NS    int64    `json:"fault_p99_ns"`
-	FaultMaxNS    int64    `json:"fault_max_ns"`
-	RearmedRuns   int      `json:"rearmed_runs"`
-	TrackedFaults uint64   `json:"tracked_faults"`
-	HugeBefore    int      `json:"huge_pages_before"`
-	HugeSplit     int      `json:"huge_pages_split"`
-	HugeCollapsed int      `json:"huge_pages_collapsed"`
-	Reason        string   `json:"reason"`  // why not mode cow, if mode auto had to do without
-	Retaken       []string `json:"retaken"` // why earlier attempts were discarded
+	Schema        string     `json:"schema"`
+	ID            string     `json:"id"`
+	VM            string     `json:"vm"`
+	QEMUPID       int        `json:"qemu_pid"`
+	Mode          string     `json:"mode"`
+	Engine        string     `json:"engine"`
+	Parent        string     `json:"parent"`
+	RAMBytes      uint64     `json:"ram_bytes"`
+	PageBytes     uint64     `json:"page_bytes"`
+	Pages         uint64     `json:"pages"`
+	ZeroPages     uint64     `json:"zero_pages"`
+	CapturedPages uint64     `json:"captured_pages"`
+	StoredBytes   uint64     `json:"stored_bytes"`
+	PauseNS       int64      `json:"pause_ns"`
+	ArmNS         int64      `json:"arm_ns"`
+	DeviceStateNS int64      `json:"device_state_ns"`
+	TotalNS       int64      `json:"total_ns"`
+	StopNS        int64      `json:"stop_ns"`
+	ContNS        int64      `json:"cont_ns"`
+	PrearmNS      int64      `json:"prearm_ns"`
+	ScanNS        int64      `json:"scan_ns"`
+	ReleaseNS     int64      `json:"release_ns"`
+	Faults        uint64     `json:"faults"`
+	FaultP50NS    int64      `json:"fault_p50_ns"`
+	FaultP99NS    int64      `json:"fault_p99_ns"`
+	FaultMaxNS    int64      `json:"fault_max_ns"`
+	RearmedRuns   int        `json:"rearmed_runs"`
+	TrackedFaults uint64     `json:"tracked_faults"`
+	HugeBefore    int        `json:"huge_pages_before"`
+	HugeSplit     int        `json:"huge_pages_split"`
+	HugeCollapsed int        `json:"huge_pages_collapsed"`
+	Reason        string     `json:"reason"`  // why not mode cow, if mode auto had to do without
+	Retaken       []string   `json:"retaken"` // why earlier attempts were discarded
+	Disks         []diskView `json:"disks"`
+	DiskBytes     uint64     `json:"disk_bytes"` // written to volumes
+	DisksNS       int64      `json:"disks_ns"`   // of the pause
 }
 
 func (a *app) printCheckpoint(res *capture.Result) {
@@ -156,6 +170,7 @@ func (a *app) printCheckpoint(res *capture.Result) {
 		HugeBefore: st.HugeBefore, HugeSplit: st.HugeSplit, HugeCollapsed: st.HugeCollapsed,
 		Reason: res.Reason, Retaken: res.Retaken,
 	}
+	r.Disks, r.DiskBytes, r.DisksNS = diskViews(m), m.Stats.DiskBytes, res.Timing.DisksNS
 	if r.Retaken == nil {
 		r.Retaken = []string{}
 	}
@@ -166,6 +181,7 @@ func (a *app) printCheckpoint(res *capture.Result) {
 	fmt.Fprintf(a.out, "%s of VM %s: mode %s, pause %s (device state %s), total %s, %s RAM, %s stored, %d pages by %d faults\n",
 		r.ID, r.VM, r.Mode, durationText(time.Duration(r.PauseNS)), durationText(time.Duration(r.DeviceStateNS)),
 		durationText(time.Duration(r.TotalNS)), sizeText(r.RAMBytes), sizeText(r.StoredBytes), r.CapturedPages, r.Faults)
+	printDisks(a, r.Disks)
 	for _, why := range r.Retaken {
 		fmt.Fprintf(a.out, "an attempt was discarded: %s\n", why)
 	}

@@ -126,10 +126,8 @@ func TestUnprotectable(t *testing.T) {
 		words []string
 		need  func(t *testing.T)
 	}{
-		{name: "writable disk", words: []string{"disk0", disk},
-			cfg: with("-drive", "if=none,id=disk0,format=raw,file="+disk, "-device", "virtio-blk-pci,drive=disk0")},
-		{name: "writable blockdev", words: []string{"writable", disk},
-			cfg: with("-blockdev", "driver=raw,node-name=disk1,file.driver=file,file.filename="+disk, "-device", "virtio-blk-pci,drive=disk1")},
+		{name: "temporary disk", words: []string{"disk0", "snapshot=on"},
+			cfg: with("-drive", "if=none,id=disk0,snapshot=on,format=raw,file="+disk, "-device", "virtio-blk-pci,drive=disk0")},
 		{name: "hugetlbfs", words: []string{"huge"}, need: needHugePages,
 			cfg: with("-object", "memory-backend-memfd,id=ram0,size=64M,hugetlb=on,hugetlbsize=2M", "-machine", "memory-backend=ram0")},
 		{name: "not migratable", words: []string{"migrat"},

@@ -1,0 +1,69 @@
+package diskcopy
+
+import (
+	"bufio"
+	"fmt"
+	"os"
+	"strings"
+
+	"github.com/ckagent/ckagent/agent/qmp"
+	"github.com/ckagent/ckagent/agent/store"
+	"github.com/ckagent/ckagent/agent/vm"
+)
+
+// FullEvery is the length at which a chain of volumes ends: a restore reads through
+// all of it, and a damaged link loses what follows.
+const FullEvery = 8
+
+const (
+	// DefaultSpeed bounds a copy, in bytes per second: QEMU works on it in the
+	// thread that also serves the guest's devices.
+	DefaultSpeed = 256 << 20
+
+	minMemory     = 8 << 20 // for one disk
+	maxAutoMemory = 1 << 30 // for all disks, unless more was asked for
+)
+
+// Config is what a Set works on.
+type Config struct {
+	QMP     *qmp.Client
+	Sources []vm.DiskSource
+	Store   *store.Store
+	Txn     *store.Txn
+	VM      string
+
+	SpeedBytes  uint64 // per second and disk; 0: DefaultSpeed
+	MemoryBytes uint64 // for old content, all disks together; 0: by what the host has
+}
+
+// memory is how much each disk may use for old content.
+func (c *Config) memory() (uint64, error) {
+	total := c.MemoryBytes
+	if total == 0 {
+		available, err := availableMemory()
+		if err != nil {
+			return 0, err
+		}
+		total = min(available/4, maxAutoMemory)
+	}
+	return max(total/uint64(max(len(c.Sources), 1)), minMemory) &^ 0xffff, nil
+}
+
+// availableMemory is MemAvailable of the host, in bytes.
+func availableMemory() (uint64, error) {
+	f, err := os.Open("/proc/meminfo")
+	if err != nil {
+		return 0, err
+	}
+	defer f.Close()
+	for s := bufio.NewScanner(f); s.Scan(); {
+		if rest, ok := strings.CutPrefix(s.Text(), "MemAvailable:"); ok {
+			var kib uint64
+			if _, err := fmt.Sscan(rest, &kib); err != nil {
+				return 0, fmt.Errorf("MemAvailable %q: %w", rest, err)
+			}
+			return kib << 10, nil
+		}
+	}
+	return 0, fmt.Errorf("/proc/meminfo has no MemAvailable")
+}

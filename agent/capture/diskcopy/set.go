@@ -1,0 +1,336 @@
+package diskcopy
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"os"
+	"time"
+
+	"github.com/ckagent/ckagent/agent/image"
+	"github.com/ckagent/ckagent/agent/problem"
+	"github.com/ckagent/ckagent/agent/qmp"
+	"github.com/ckagent/ckagent/agent/store"
+	"github.com/ckagent/ckagent/agent/vm"
+	"github.com/ckagent/ckagent/agent/vm/disk"
+)
+
+// Set is the disks of one checkpoint.
+type Set struct {
+	c       Config
+	dir     string // of the volumes
+	items   []*item
+	parents map[string]*store.Image
+	reqs    []*qmp.Request
+	inGraph bool  // something of ours may be in QEMU
+}
+
+// item is one disk.
+type item struct {
+	n      int
+	src    *vm.DiskSource
+	base   *base // nil: the whole disk is copied
+	volume string
+	file   *os.File // the volume
+	memory *os.File // for old content
+}
+
+// NeededBytes estimates what the copies will store.
+func (s *Set) NeededBytes() uint64 {
+	var need uint64
+	for _, d := range s.items {
+		if d.base != nil {
+			need += d.base.dirty
+		} else {
+			need += min(d.src.Used, d.src.Bytes)
+		}
+		need += d.src.Bytes/4096 + 1<<20 // tables: 8 bytes per 64 KiB, twice at most
+	}
+	return need
+}
+
+// Plan decides for each disk what to copy. It touches nothing in QEMU.
+func Plan(ctx context.Context, c Config) (s *Set, err error) {
+	s = &Set{c: c, parents: map[string]*store.Image{}}
+	defer func() {
+		if err != nil {
+			err = errors.Join(err, s.closeParents())
+		}
+	}()
+	for i := range c.Sources {
+		d := &item{n: i, src: &c.Sources[i], volume: image.VolumeName(c.Txn.ID(), i)}
+		if d.base, err = s.findBase(ctx, d); err != nil {
+			return nil, err
+		}
+		s.items = append(s.items, d)
+	}
+	return s, nil
+}
+
+// Prepare makes the volumes and lends them to QEMU. Whatever it returns, Drop is to
+// be called unless Keep is.
+func (s *Set) Prepare(ctx context.Context) error {
+	if len(s.items) == 0 {
+		return nil
+	}
+	var err error
+	if s.dir, err = s.c.Txn.VolumeDir(ctx); err != nil {
+		return err
+	}
+	limit, err := s.c.memory()
+	if err != nil {
+		return err
+	}
+	s.inGraph = true
+	if err := s.dropStaleBitmaps(ctx); err != nil {
+		return err
+	}
+	for _, d := range s.items {
+		backing := ""
+		if d.base != nil {
+			backing = d.base.chain[0].Name
+		}
+		if d.file, err = makeVolume(ctx, s.volumePath(d.volume), backing, d.src.Bytes); err != nil {
+			return err
+		}
+		if d.memory, err = makeMemory(ctx, d.src.Bytes, limit); err != nil {
+			return err
+		}
+		if err := s.lend(ctx, disk.TargetNode(d.n), d.file); err != nil {
+			return err
+		}
+		if err := s.lend(ctx, disk.FleeceNode(d.n), d.memory); err != nil {
+			return err
+		}
+	}
+	s.reqs, err = s.encode()
+	return err
+}
+
+// dropStaleBitmaps removes those that nothing can be continued from.
+func (s *Set) dropStaleBitmaps(ctx context.Context) error {
+	for _, d := range s.items {
+		for _, b := range d.src.Own() {
+			if d.base != nil && d.base.bitmap == b.Name {
+				continue
+			}
+			if err := s.c.QMP.Execute(ctx, "block-dirty-bitmap-remove", bitmapArgs(d.src.Root, b.Name), nil); err != nil {
+				return s.failed("remove an old bitmap", d, err)
+			}
+		}
+	}
+	return nil
+}
+
+// lend makes a block node of a qcow2 file that QEMU gets as a descriptor: it needs no
+// right to the path.
+func (s *Set) lend(ctx context.Context, node string, f *os.File) error {
+	var set struct {
+		ID int `json:"fdset-id"`
+	}
+	if err := s.c.QMP.ExecuteFD(ctx, "add-fd", map[string]string{"opaque": disk.FdsetOpaque}, &set, f); err != nil {
+		return fmt.Errorf("lend %s: %w", node, err)
+	}
+	err := s.c.QMP.Execute(ctx, "blockdev-add", map[string]any{
+		"driver": "qcow2", "node-name": node, "backing": nil,
+		"file": map[string]any{"driver": "file", "filename": fmt.Sprintf("/dev/fdset/%d", set.ID), "locking": "off"},
+	}, nil)
+	if err != nil {
+		return fmt.Errorf("add %s: %w", node, err)
+	}
+	return nil
+}
+
+// bitmapGranularity is the cluster size of volumes: less of one cannot be copied.
+const bitmapGranularity = 64 << 10
+
+func bitmapArgs(node, name string) map[string]any {
+	return map[string]any{"node": node, "name": name}
+}
+
+// encode prepares the commands that fix the instant.
+func (s *Set) encode() ([]*qmp.Request, error) {
+	type action struct {
+		Type string         `json:"type"`
+		Data map[string]any `json:"data"`
+	}
+	var actions []action
+	var out []*qmp.Request
+	add := func(command string, args any) error {
+		r, err := qmp.Encode(command, args)
+		out = append(out, r)
+		return err
+	}
+	for _, d := range s.items {
+		fresh := bitmapArgs(d.src.Root, s.bitmap())
+		fresh["granularity"] = bitmapGranularity
+		actions = append(actions, action{"block-dirty-bitmap-add", fresh})
+		if d.base != nil {
+			// From here on it says what belongs to this checkpoint, and no more.
+			actions = append(actions, action{"block-dirty-bitmap-disable", bitmapArgs(d.src.Root, d.base.bitmap)})
+		}
+	}
+	if err := add("transaction", map[string]any{"actions": actions}); err != nil {
+		return nil, err
+	}
+	for _, d := range s.items {
+		args := map[string]any{"driver": "copy-before-write", "node-name": disk.FilterNode(d.n),
+			"file": d.src.Root, "target": disk.FleeceNode(d.n), "on-cbw-error": "break-snapshot"}
+		if d.base != nil {
+			args["bitmap"] = bitmapArgs(d.src.Root, d.base.bitmap)
+		}
+		if err := add("blockdev-add", args); err != nil {
+			return nil, err
+		}
+		for _, path := range d.src.Devices {
+			if err := add("qom-set", map[string]any{"path": path, "property": "drive", "value": disk.FilterNode(d.n)}); err != nil {
+				return nil, err
+			}
+		}
+	}
+	return out, nil
+}
+
+// bitmap is the name of the bitmaps that begin with this checkpoint.
+func (s *Set) bitmap() string { return disk.BitmapName(s.c.Txn.ID()) }
+
+// Requests are the commands for the pause, in their order.
+func (s *Set) Requests() []*qmp.Request { return s.reqs }
+
+// Confirm waits for the replies to Requests.
+func (s *Set) Confirm(ctx context.Context, calls []*qmp.Call) error {
+	var errs []error
+	for _, c := range calls {
+		if err := c.Wait(ctx, nil); err != nil {
+			errs = append(errs, err)
+		}
+	}
+	if err := errors.Join(errs...); err != nil {
+		return problem.New(problem.Failed, "take the disks", "VM "+s.c.VM, "%w", err).
+			WithHint("a device that cannot be given a filter while it runs: detach it, or leave disks out with --disks none")
+	}
+	return nil
+}
+
+// Start starts the copies. The machine runs again.
+func (s *Set) Start(ctx context.Context) error {
+	for _, d := range s.items {
+		snap := disk.SnapNode(d.n)
+		err := s.c.QMP.Execute(ctx, "blockdev-add", map[string]any{"driver": "snapshot-access", "node-name": snap, "file": disk.FilterNode(d.n)}, nil)
+		if err != nil {
+			return s.failed("read the disk's instant", d, err)
+		}
+		job := map[string]any{"job-id": disk.CopyJob(d.n), "device": snap, "target": disk.TargetNode(d.n), "sync": "full",
+			"speed": s.speed(d), "auto-dismiss": false, "on-source-error": "report", "on-target-error": "report",
+			"x-perf": map[string]any{"max-workers": 8}}
+		if d.base != nil {
+			if err := s.delta(ctx, d, snap); err != nil {
+				return err
+			}
+			job["sync"], job["bitmap"], job["bitmap-mode"] = "bitmap", disk.DeltaBitmap, "never"
+		}
+		if err := s.c.QMP.Execute(ctx, "blockdev-backup", job, nil); err != nil {
+			return s.failed("copy", d, err)
+		}
+	}
+	return nil
+}
+
+// speed is the most to copy of a disk per second. QEMU counts zeros too, which cost
+// next to nothing: by default they are left out as far as that can be told.
+func (s *Set) speed(d *item) uint64 {
+	if s.c.SpeedBytes != 0 {
+		return s.c.SpeedBytes
+	}
+	if d.base == nil && d.src.Used < d.src.Bytes {
+		return DefaultSpeed * (d.src.Bytes / max(d.src.Used, DefaultSpeed/4))
+	}
+	return DefaultSpeed
+}
+
+// delta puts what is to be copied on the node that is copied from.
+func (s *Set) delta(ctx context.Context, d *item, snap string) error {
+	args := bitmapArgs(snap, disk.DeltaBitmap)
+	args["disabled"] = true
+	err := s.c.QMP.Execute(ctx, "block-dirty-bitmap-add", args, nil)
+	if err == nil {
+		err = s.c.QMP.Execute(ctx, "block-dirty-bitmap-merge", map[string]any{
+			"node": snap, "target": disk.DeltaBitmap, "bitmaps": []any{bitmapArgs(d.src.Root, d.base.bitmap)}}, nil)
+	}
+	if err != nil {
+		return s.failed("copy", d, err)
+	}
+	return nil
+}
+
+const (
+	jobPoll  = 250 * time.Millisecond // should an event be lost
+	jobStall = 10 * time.Second       // without progress
+)
+
+// Wait waits until every copy is whole. The guest does not wait for any of them.
+func (s *Set) Wait(ctx context.Context) error {
+	if len(s.items) == 0 {
+		return nil
+	}
+	events := s.c.QMP.Subscribe(16, "JOB_STATUS_CHANGE")
+	defer events.Close()
+	tick := time.NewTicker(jobPoll)
+	defer tick.Stop()
+	var last uint64
+	moved := time.Now()
+	for {
+		jobs, err := disk.ReadJobs(ctx, s.c.QMP)
+		if err != nil {
+			return err
+		}
+		left, progress, err := s.look(jobs)
+		if err != nil || left == 0 {
+			return err
+		}
+		if progress != last {
+			last, moved = progress, time.Now()
+		} else if time.Since(moved) > jobStall {
+			return problem.New(problem.Store, "copy disks", "VM "+s.c.VM, "nothing was copied for %v", jobStall).
+				WithHint("the store hangs, or the disk itself does; the checkpoint was given up and the VM goes on")
+		}
+		select {
+		case <-events.C():
+		case <-tick.C:
+		case <-ctx.Done():
+			return problem.New(problem.Cancelled, "copy disks", "VM "+s.c.VM, "%w", context.Cause(ctx))
+		}
+	}
+}
+
+// look counts the copies that go on, and adds up how far all of them are.
+func (s *Set) look(jobs []disk.Job) (left int, progress uint64, err error) {
+	for _, d := range s.items {
+		var job *disk.Job
+		for i := range jobs {
+			if jobs[i].ID == disk.CopyJob(d.n) {
+				job = &jobs[i]
+			}
+		}
+		switch {
+		case job == nil:
+			return 0, 0, problem.New(problem.Busy, "copy", "disk "+d.src.Drive.Name, "its job was taken away by somebody").
+				WithHint("take the checkpoint again")
+		case !job.Over():
+			left++
+			progress += job.Progress
+		case job.Error != "":
+			return 0, 0, s.explain(d, job.Error)
+		case job.Progress < job.Total:
+			return 0, 0, problem.New(problem.Busy, "copy", "disk "+d.src.Drive.Name, "its job was cancelled by somebody").
+				WithHint("take the checkpoint again")
+		default:
+			progress += job.Progress
+		}
+	}
+	return left, progress, nil
+}
+
+func (s *Set) failed(op string, d *item, err error) error {
+	return problem.New(problem.Failed, op, "disk "+d.src.Drive.Name, "%w", err)
+}

@@ -1,0 +1,72 @@
+package diskcopy
+
+import (
+	"bytes"
+	"context"
+	"errors"
+	"fmt"
+	"os"
+	"os/exec"
+	"path/filepath"
+	"strconv"
+
+	"golang.org/x/sys/unix"
+
+	"github.com/ckagent/ckagent/agent/problem"
+)
+
+// makeVolume creates an empty qcow2 file. Its backing file, if any, lies beside it
+// and is named without a directory, so that the chain can be moved as a whole.
+func makeVolume(ctx context.Context, path, backing string, size uint64) (*os.File, error) {
+	f, err := os.OpenFile(path, os.O_RDWR|os.O_CREATE|os.O_EXCL|unix.O_NOFOLLOW, 0o600)
+	if err != nil {
+		return nil, problem.New(problem.Store, "create volume", path, "%w", err)
+	}
+	if err := format(ctx, f, backing, size); err != nil {
+		return nil, errors.Join(err, f.Close())
+	}
+	return f, nil
+}
+
+// makeMemory creates an empty qcow2 image in memory that cannot grow beyond limit.
+func makeMemory(ctx context.Context, size, limit uint64) (*os.File, error) {
+	fd, err := unix.MemfdCreate("ckagent-fleece", unix.MFD_CLOEXEC|unix.MFD_ALLOW_SEALING)
+	if err != nil {
+		return nil, fmt.Errorf("memory for disks: %w", err)
+	}
+	f := os.NewFile(uintptr(fd), "memory for disks")
+	if err := format(ctx, f, "", size); err != nil {
+		return nil, errors.Join(err, f.Close())
+	}
+	err = f.Truncate(int64(limit))
+	if err == nil {
+		_, err = unix.FcntlInt(f.Fd(), unix.F_ADD_SEALS, unix.F_SEAL_GROW|unix.F_SEAL_SHRINK)
+	}
+	if err != nil {
+		return nil, errors.Join(fmt.Errorf("bound the memory for disks: %w", err), f.Close())
+	}
+	return f, nil
+}
+
+// format has qemu-img write an empty image into an open file.
+func format(ctx context.Context, f *os.File, backing string, size uint64) error {
+	args := []string{"create", "-q", "-f", "qcow2"}
+	if backing != "" {
+		args = append(args, "-u", "-F", "qcow2", "-b", backing)
+	}
+	args = append(args, "/proc/self/fd/3", strconv.FormatUint(size, 10))
+	cmd := exec.CommandContext(ctx, "qemu-img", args...)
+	cmd.ExtraFiles = []*os.File{f}
+	out, err := cmd.CombinedOutput()
+	if errors.Is(err, exec.ErrNotFound) {
+		return problem.New(problem.Refused, "create volume", f.Name(), "qemu-img is not installed").
+			WithHint("install qemu-utils, or leave disks out with --disks none")
+	}
+	if err != nil {
+		return problem.New(problem.Store, "create volume", f.Name(), "qemu-img: %w: %s", err, bytes.TrimSpace(out))
+	}
+	return nil
+}
+
+// volumePath is where a volume lies.
+func (s *Set) volumePath(name string) string { return filepath.Join(s.dir, name) }

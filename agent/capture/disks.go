@@ -1,0 +1,54 @@
+package capture
+
+import (
+	"context"
+
+	"github.com/ckagent/ckagent/agent/capture/diskcopy"
+	"github.com/ckagent/ckagent/agent/image"
+	"github.com/ckagent/ckagent/agent/problem"
+	"github.com/ckagent/ckagent/agent/store"
+)
+
+// planDisks decides what becomes of each writable disk, and makes sure that the store
+// has room for it beside the ramBytes that memory needs.
+func (s *session) planDisks(ctx context.Context, txn *store.Txn, ramBytes uint64) error {
+	sources, refused, err := s.target.DiskSources(ctx)
+	if err != nil {
+		return problem.New(problem.CodeOf(err), "look at the disks", s.object, "%w", err)
+	}
+	c := diskcopy.Config{QMP: s.target.QMP, Store: s.store, Txn: txn, VM: s.sub.Name,
+		SpeedBytes: s.o.DiskSpeedBytes, MemoryBytes: s.o.DiskMemoryBytes}
+	if s.o.Disks == DisksNone {
+		if s.left, err = s.leaveOut(ctx); err != nil {
+			return err
+		}
+	} else {
+		if err := s.target.Refused("checkpoint", refused); err != nil {
+			return err
+		}
+		c.Sources = sources
+	}
+	if s.disks, err = diskcopy.Plan(ctx, c); err != nil {
+		return err
+	}
+	return s.store.CheckSpace(ramBytes+s.disks.NeededBytes(), s.o.MinFreeBytes)
+}
+
+// leaveOut records the writable disks without their content, so that a restore knows
+// that something is missing.
+func (s *session) leaveOut(ctx context.Context) ([]image.Disk, error) {
+	drives, err := s.target.Disks(ctx)
+	if err != nil {
+		return nil, problem.New(problem.CodeOf(err), "look at the disks", s.object, "%w", err)
+	}
+	var out []image.Disk
+	for i := range drives {
+		d := &drives[i]
+		if !d.Writable() || d.Pflash || d.QOMPath == "" {
+			continue
+		}
+		out = append(out, image.Disk{Name: d.Name, Device: d.Device, Node: d.Node, QOMPath: d.QOMPath, Type: d.Type,
+			Format: d.Driver, Path: d.File, SizeBytes: d.Bytes, Method: image.DiskNone, Content: image.ContentGuest})
+	}
+	return out, nil
+}

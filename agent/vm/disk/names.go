@@ -1,0 +1,34 @@
+package disk
+
+import (
+	"fmt"
+	"strings"
+)
+
+// Prefix begins every name of ours in QEMU: nodes, jobs and bitmaps.
+const Prefix = "ckagent-"
+
+// FdsetOpaque marks the descriptor sets of disks; those that a checkpoint makes for
+// the device state have another mark.
+const FdsetOpaque = "ckagent-disk"
+
+// Names of what one drive gets, by its number in the checkpoint.
+func FilterNode(n int) string { return fmt.Sprintf(Prefix+"cbw-%d", n) }
+func FleeceNode(n int) string { return fmt.Sprintf(Prefix+"fleece-%d", n) }
+func SnapNode(n int) string   { return fmt.Sprintf(Prefix+"snap-%d", n) }
+func TargetNode(n int) string { return fmt.Sprintf(Prefix+"target-%d", n) }
+func CopyJob(n int) string    { return fmt.Sprintf(Prefix+"copy-%d", n) }
+
+// DeltaBitmap is the name of the bitmap on a snapshot node that limits the copy.
+const DeltaBitmap = Prefix + "delta"
+
+const bitmapPrefix = Prefix + "bitmap-"
+
+// BitmapName is the name of the bitmap of what was written since a checkpoint.
+func BitmapName(id string) string { return bitmapPrefix + id }
+
+// BitmapOwner is the id of the checkpoint that a bitmap of ours belongs to.
+func BitmapOwner(name string) (id string, ok bool) { return strings.CutPrefix(name, bitmapPrefix) }
+
+// Ours reports whether a node, job or bitmap was made by a checkpoint.
+func Ours(name string) bool { return strings.HasPrefix(name, Prefix) }

@@ -1,0 +1,125 @@
+package disk
+
+import (
+	"fmt"
+	"slices"
+	"strings"
+)
+
+// Source is one medium that a checkpoint has to hold. Several devices may share it.
+type Source struct {
+	Root    string   // top node, which devices write to and which has the bitmap
+	Devices []string // QOM paths of the devices
+	Format  string   // driver of the image
+	Path    string   // its name
+	Bytes   uint64   // size that the guest sees
+	Used    uint64   // allocated by the image and those under it, an upper guess for a copy
+	Bitmaps []Bitmap
+}
+
+// Refusal is a reason why a drive cannot be part of a checkpoint.
+type Refusal struct{ Code, Object, Reason, Advice string }
+
+// filters pass data on unchanged.
+var filters = []string{"throttle", "copy-on-read", "compress", "preallocate", "blklogwrites", "blkdebug"}
+
+// Sources lists the writable media, in the order of QEMU's list, and why some of
+// them cannot be taken.
+func (g *Graph) Sources() ([]Source, []Refusal) {
+	var out []Source
+	var refused []Refusal
+	for i := range g.Drives {
+		d := &g.Drives[i]
+		if d.Root == "" || d.ReadOnly || d.QOMPath == "" {
+			continue // nothing in it, not written, or used by nobody
+		}
+		if k := slices.IndexFunc(out, func(s Source) bool { return s.Root == d.Root }); k >= 0 {
+			out[k].Devices = append(out[k].Devices, d.QOMPath)
+			continue
+		}
+		s, why := g.source(d)
+		if why != nil {
+			refused = append(refused, *why)
+			continue
+		}
+		out = append(out, s)
+	}
+	return out, append(refused, g.nested(out)...)
+}
+
+func (g *Graph) source(d *Drive) (Source, *Refusal) {
+	root := g.Nodes[d.Root]
+	if root == nil {
+		return Source{}, &Refusal{"block-graph", d.QOMPath, "its node " + d.Root + " is not in QEMU's list", "try again"}
+	}
+	image := root
+	for slices.Contains(filters, image.Driver) {
+		child := image.Child("file")
+		if child == "" {
+			child = image.Child("backing")
+		}
+		if image = g.Nodes[child]; image == nil {
+			return Source{}, &Refusal{"block-graph", root.Name, "there is nothing under its filter", "try again"}
+		}
+	}
+	s := Source{Root: root.Name, Devices: []string{d.QOMPath}, Format: image.Driver, Path: image.Path(),
+		Bytes: root.Image.VirtualSize, Bitmaps: root.Bitmaps}
+	for _, n := range g.Below(root.Name) {
+		s.Used += n.Image.ActualSize
+		if Ours(n.Name) {
+			return s, &Refusal{"checkpoint-left", root.Name, "an earlier checkpoint's " + n.Name + " is still in its graph",
+				"ckagent release takes it out"}
+		}
+		if n.Encrypted || n.Driver == "luks" {
+			return s, &Refusal{"encrypted-disk", root.Name, "it is encrypted (" + n.Path() + "), and what QEMU reads of it is plain: the store would hold the guest's data in the clear",
+				"let the guest encrypt its disk itself, or leave disks out with --disks none"}
+		}
+		for _, e := range g.Exports {
+			if e.Node == n.Name {
+				return s, &Refusal{"disk-exported", root.Name, fmt.Sprintf("%s export %s makes it available to others, whose writes go unseen", e.Type, e.ID),
+					"end the export"}
+			}
+		}
+		for _, user := range g.users[n.Name] {
+			if j := g.job(user); j != nil && !j.Over() {
+				return s, &Refusal{"job-active", j.ID, "a " + j.Type + " job works on " + root.Name, "wait for it to end or cancel it"}
+			}
+		}
+	}
+	return s, nil
+}
+
+func (g *Graph) job(id string) *Job {
+	for i := range g.Jobs {
+		if id != "" && g.Jobs[i].ID == id {
+			return &g.Jobs[i]
+		}
+	}
+	return nil
+}
+
+// nested refuses media that lie under one another: a write to the lower one changes
+// the upper one's content behind its filter.
+func (g *Graph) nested(list []Source) []Refusal {
+	var out []Refusal
+	for _, upper := range list {
+		for _, n := range g.Below(upper.Root)[1:] {
+			if slices.ContainsFunc(list, func(s Source) bool { return s.Root == n.Name }) {
+				out = append(out, Refusal{"disk-shared", upper.Root, "another device writes to " + n.Name + ", which is under it",
+					"detach one of the two"})
+			}
+		}
+	}
+	return out
+}
+
+// Own picks the bitmaps that checkpoints left on a medium.
+func (s *Source) Own() []Bitmap {
+	var out []Bitmap
+	for _, b := range s.Bitmaps {
+		if strings.HasPrefix(b.Name, bitmapPrefix) {
+			out = append(out, b)
+		}
+	}
+	return out
+}

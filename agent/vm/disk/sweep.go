@@ -1,0 +1,151 @@
+package disk
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"slices"
+	"strings"
+	"time"
+)
+
+// Swept says what Sweep took out.
+type Swept struct {
+	Jobs    []string `json:"jobs"`
+	Filters []string `json:"filters"` // devices that were given back their medium
+	Nodes   []string `json:"nodes"`
+	Bitmaps []string `json:"bitmaps"` // node/name
+}
+
+// Nothing reports that there was nothing to take out.
+func (s *Swept) Nothing() bool {
+	return len(s.Jobs)+len(s.Filters)+len(s.Nodes)+len(s.Bitmaps) == 0
+}
+
+// jobPoll is how often a cancelled job is looked at. A job is asked about and not
+// listened for, because a guardian's connection hands out no events.
+const jobPoll = 5 * time.Millisecond
+
+// Sweep ends our jobs, gives devices back what they had, and removes our nodes, our
+// descriptor sets and, with bitmaps, our bitmaps. The machine may run. It goes on
+// after an error as far as makes sense and may be repeated.
+func Sweep(ctx context.Context, q Monitor, bitmaps bool) (Swept, error) {
+	var s Swept
+	err := s.endJobs(ctx, q)
+	if err != nil {
+		return s, err // nodes in use cannot be removed
+	}
+	g, err := Read(ctx, q)
+	if err != nil {
+		return s, err
+	}
+	var errs []error
+	do := func(done *[]string, name, command string, args any) {
+		if err := q.Execute(ctx, command, args, nil); err != nil {
+			errs = append(errs, fmt.Errorf("%s %s: %w", command, name, err))
+		} else {
+			*done = append(*done, name)
+		}
+	}
+	remove := func(node string) { do(&s.Nodes, node, "blockdev-del", map[string]string{"node-name": node}) }
+	var ours []string
+	for name := range g.Nodes {
+		if Ours(name) {
+			ours = append(ours, name)
+		}
+	}
+	slices.Sort(ours)
+	kind := func(prefix string) []string {
+		var out []string
+		for _, name := range ours {
+			if strings.HasPrefix(name, Prefix+prefix) {
+				out = append(out, name)
+			}
+		}
+		return out
+	}
+	for _, n := range kind("snap-") {
+		remove(n)
+	}
+	for _, d := range g.Drives {
+		if strings.HasPrefix(d.Root, Prefix+"cbw-") {
+			do(&s.Filters, d.QOMPath, "qom-set", map[string]string{"path": d.QOMPath, "property": "drive", "value": g.Nodes[d.Root].Child("file")})
+		}
+	}
+	for _, k := range []string{"cbw-", "fleece-", "target-"} {
+		for _, n := range kind(k) {
+			remove(n)
+		}
+	}
+	if bitmaps {
+		for _, n := range g.Nodes {
+			for _, b := range n.Bitmaps {
+				if Ours(b.Name) && !Ours(n.Name) {
+					do(&s.Bitmaps, n.Name+"/"+b.Name, "block-dirty-bitmap-remove", map[string]string{"node": n.Name, "name": b.Name})
+				}
+			}
+		}
+	}
+	errs = append(errs, dropFdsets(ctx, q))
+	return s, errors.Join(errs...)
+}
+
+// endJobs cancels our jobs and waits until they are gone.
+func (s *Swept) endJobs(ctx context.Context, q Monitor) error {
+	tick := time.NewTicker(jobPoll)
+	defer tick.Stop()
+	cancelled := map[string]bool{}
+	for {
+		jobs, err := ReadJobs(ctx, q)
+		if err != nil {
+			return err
+		}
+		left := 0
+		for i := range jobs {
+			j := &jobs[i]
+			if !Ours(j.ID) {
+				continue
+			}
+			left++
+			switch {
+			case j.Over():
+				if err := q.Execute(ctx, "job-dismiss", map[string]string{"id": j.ID}, nil); err != nil {
+					return fmt.Errorf("job-dismiss %s: %w", j.ID, err)
+				}
+				s.Jobs = append(s.Jobs, j.ID)
+				left--
+			case !cancelled[j.ID]:
+				// It may end by itself just now, which is as good.
+				_ = q.Execute(ctx, "block-job-cancel", map[string]any{"device": j.ID, "force": true}, nil)
+				cancelled[j.ID] = true
+			}
+		}
+		if left == 0 {
+			return nil
+		}
+		select {
+		case <-tick.C:
+		case <-ctx.Done():
+			return fmt.Errorf("jobs of ours do not end: %w", context.Cause(ctx))
+		}
+	}
+}
+
+func dropFdsets(ctx context.Context, q Monitor) error {
+	var sets []struct {
+		ID  int `json:"fdset-id"`
+		FDs []struct {
+			Opaque string `json:"opaque"`
+		} `json:"fds"`
+	}
+	if err := q.Execute(ctx, "query-fdsets", nil, &sets); err != nil {
+		return fmt.Errorf("query-fdsets: %w", err)
+	}
+	var errs []error
+	for _, s := range sets {
+		if len(s.FDs) > 0 && s.FDs[0].Opaque == FdsetOpaque {
+			errs = append(errs, q.Execute(ctx, "remove-fd", map[string]int{"fdset-id": s.ID}, nil))
+		}
+	}
+	return errors.Join(errs...)
+}

@@ -1,0 +1,63 @@
+package vm
+
+import (
+	"context"
+	"slices"
+
+	"github.com/ckagent/ckagent/agent/vm/disk"
+)
+
+// DiskSource is a medium that a checkpoint has to hold, with the drive it is in.
+type DiskSource struct {
+	disk.Source
+	Drive Disk
+}
+
+// DiskSources lists the media that a checkpoint has to hold, and why some of the
+// machine's drives cannot be part of one.
+func (t *Target) DiskSources(ctx context.Context) ([]DiskSource, []Refusal, error) {
+	drives, err := t.Disks(ctx)
+	if err != nil {
+		return nil, nil, err
+	}
+	refused := diskRefusals(drives)
+	g, err := disk.Read(ctx, t.QMP)
+	if err != nil {
+		return nil, nil, err
+	}
+	find := func(path string) *Disk {
+		k := slices.IndexFunc(drives, func(d Disk) bool { return d.QOMPath == path })
+		if k < 0 {
+			return nil
+		}
+		return &drives[k]
+	}
+	g.Drives = slices.DeleteFunc(g.Drives, func(d disk.Drive) bool {
+		k := find(d.QOMPath)
+		return k == nil || k.Pflash || k.Temporary || k.passthrough()
+	})
+	sources, why := g.Sources()
+	for _, r := range why {
+		refused = append(refused, Refusal(r))
+	}
+	var out []DiskSource
+	for _, s := range sources {
+		out = append(out, DiskSource{s, *find(s.Devices[0])})
+	}
+	if len(out) > 0 && !t.Version.AtLeast(7, 1) {
+		refused = append(refused, Refusal{Code: "qemu-version", Object: out[0].Drive.Name,
+			Reason: "QEMU " + t.Version.String() + " cannot keep a failing copy of a disk away from the guest",
+			Advice: "use QEMU 7.1 or later, or leave disks out with --disks none"})
+	}
+	return out, refused, nil
+}
+
+// TakeOutLeftovers removes what an earlier checkpoint left in the block graph. The
+// caller makes sure that no other ckagent works on the VM.
+func (t *Target) TakeOutLeftovers(ctx context.Context) (disk.Swept, error) {
+	g, err := disk.Read(ctx, t.QMP)
+	if err != nil || !g.Leftovers() {
+		return disk.Swept{}, err
+	}
+	return disk.Sweep(ctx, t.QMP, false)
+}
