@@ -243,7 +243,7 @@ func (s *Set) speed(d *item) uint64 {
 		return s.c.SpeedBytes
 	}
 	if d.base == nil && d.src.Used < d.src.Bytes {
-		return DefaultSpeed * (d.src.Bytes / max(d.src.Used, DefaultSpeed/4))
+		return DefaultSpeed * max(1, d.src.Bytes/max(d.src.Used, DefaultSpeed/4))
 	}
 	return DefaultSpeed
 }
