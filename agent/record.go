@@ -43,6 +43,10 @@ func recordMachine(p *vm.Process, m vm.Machine) (image.Machine, image.QEMU) {
 	if m.Manager != "" {
 		out.Facts[image.FactManager] = m.Manager
 	}
+	if d := m.Libvirt; d != nil {
+		out.LibvirtXML = d.XML
+		out.Facts[image.FactLibvirtURI], out.Facts[image.FactLibvirtSocket] = d.URI, d.Socket
+	}
 	return out, image.QEMU{Version: m.QEMUVersion, Package: m.QEMUPackage, BinaryPath: m.Binary}
 }
 

@@ -5,6 +5,7 @@ import (
 	"context"
 	"errors"
 	"fmt"
+	"math/rand/v2"
 	"os"
 	"time"
 
@@ -14,6 +15,8 @@ import (
 	"github.com/ckagent/ckagent/agent/qmp"
 	"github.com/ckagent/ckagent/agent/vm"
 )
+
+const fdsetBase = 1 << 29
 
 // lend gives QEMU the memory that the device state goes to, and returns the file
 // name by which it opens it. There are two ways. A descriptor set works whatever
@@ -43,7 +46,10 @@ func (p *pause) lend(ctx context.Context, proc *vm.Process) (filename string, er
 	var set struct {
 		ID int `json:"fdset-id"`
 	}
-	if err := p.q.ExecuteFD(ctx, "add-fd", map[string]string{"opaque": guardian.FdsetOpaque}, &set, w); err != nil {
+	// A number far from those that QEMU and libvirt would take next: what others
+	// put into a set of that number would go when ours does.
+	args := map[string]any{"opaque": guardian.FdsetOpaque, "fdset-id": fdsetBase + rand.IntN(fdsetBase)}
+	if err := p.q.ExecuteFD(ctx, "add-fd", args, &set, w); err != nil {
 		return "", err
 	}
 	p.fdset = set.ID

@@ -201,6 +201,9 @@ func (p *pause) resume(ctx context.Context, tm *Timing, check bool) error {
 	if err == nil {
 		err = calls[0].Wait(ctx, nil)
 	}
+	if qmp.IsManagerPaused(err) {
+		err = nil // somebody wants it to stand still: it is theirs now
+	}
 	if err != nil {
 		return p.failed("resume", err)
 	}

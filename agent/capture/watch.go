@@ -48,7 +48,9 @@ func startWatch(ctx context.Context, s *session) (w *watch, err error) {
 	if err != nil {
 		return w, fail(err)
 	}
-	defer socket.Close()
+	if socket != nil { // else the guardian finds a way of its own
+		defer socket.Close()
+	}
 	w.guard, err = guardian.Start(ctx, guardian.Config{
 		Self: s.o.Helper[0], Args: append(s.o.Helper[1:len(s.o.Helper):len(s.o.Helper)], guardian.Verb),
 		Control: w.page, QEMU: s.target.Process, QMP: socket, Endpoint: s.target.Endpoint,

@@ -40,6 +40,17 @@
 // A fault server that gives no sign of life for Config.ServerStall while Engaged
 // is killed: the kernel then drops the protection, and the checkpoint is lost.
 //
+// # Through libvirt
+//
+// The monitor of a libvirt domain is reached through the daemon, which lets many
+// clients in: the guardian opens a connection of its own before it says that it
+// watches, and [Start] fails without. libvirt carries out what a dead agent had
+// sent, in no order with what the guardian sends: a machine found running is
+// watched for half a second more. If the daemon is gone, its monitor is free, and
+// is used to resume the machine and given back. A machine that was paused through
+// libvirt is left alone. While the daemon itself is frozen nothing can be resumed;
+// the guardian goes on trying.
+//
 // # Concurrency and failure modes
 //
 // The child is one loop over poll; only the take-over waits for the fault server

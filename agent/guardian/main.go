@@ -15,6 +15,7 @@ import (
 
 	"github.com/ckagent/ckagent/agent/cgroup"
 
+	"github.com/ckagent/ckagent/agent/qmp"
 	"github.com/ckagent/ckagent/agent/vm/inject"
 )
 
@@ -31,7 +32,7 @@ type child struct {
 	control *Control
 	page    *os.File
 	link    int // -1 once the agent closed it
-	socket  *os.File
+	way     way
 	home    cgroup.Group
 	known   []inject.Leftover
 	timer   int
@@ -47,7 +48,7 @@ func Main(ctx context.Context, _ []string) error {
 	debug.SetMemoryLimit(memoryLimit)
 	// What ends the agent's terminal or service must not end this.
 	signal.Ignore(unix.SIGHUP, unix.SIGINT, unix.SIGTERM, unix.SIGPIPE, unix.SIGQUIT)
-	g, err := newChild()
+	g, err := newChild(ctx)
 	if g != nil {
 		defer g.close()
 	}
@@ -71,7 +72,7 @@ func answer(err error) error {
 }
 
 // newChild takes over what was inherited and gets out of the agent's way.
-func newChild() (*child, error) {
+func newChild(ctx context.Context) (*child, error) {
 	buf := make([]byte, 64<<10)
 	n, err := unix.Read(linkFD, buf)
 	if err != nil {
@@ -85,8 +86,9 @@ func newChild() (*child, error) {
 		unix.CloseOnExec(fd)
 	}
 	g.page = os.NewFile(controlFD, "control")
+	g.way.endpoint = g.Endpoint
 	if g.HaveQMP {
-		g.socket = os.NewFile(qmpFD, "qmp")
+		g.way.socket = os.NewFile(qmpFD, "qmp")
 	}
 	g.serverDead = g.Server.PID == 0
 	if g.control, err = OpenControl(g.page); err != nil {
@@ -114,8 +116,27 @@ func newChild() (*child, error) {
 	if err != nil {
 		return g, fmt.Errorf("guardian: state file: %w", err)
 	}
+	if g.Endpoint.Libvirt {
+		if err := g.connect(ctx); err != nil {
+			return g, err
+		}
+	}
 	g.control.beatGuardian()
 	return g, nil
+}
+
+const connectPatience = 3 * time.Second
+
+// connect opens a connection to libvirt of the guardian's own: the agent's ends
+// with the agent, and when that is noticed it is too late to find that there is no
+// way in.
+func (g *child) connect(ctx context.Context) (err error) {
+	ctx, cancel := context.WithTimeout(ctx, connectPatience)
+	defer cancel()
+	if g.way.client, err = qmp.Dial(ctx, g.Endpoint); err != nil {
+		return fmt.Errorf("guardian: %w", err)
+	}
+	return nil
 }
 
 func startTimer() (int, error) {
@@ -132,6 +153,9 @@ func startTimer() (int, error) {
 }
 
 func (g *child) close() {
+	if g.way.client != nil {
+		_ = g.way.client.Close() // this process ends with it
+	}
 	removeState(g.StateDir, g.QEMU)
 	g.home.Leave()
 }
@@ -260,7 +284,7 @@ func (g *child) takeOver(ctx context.Context, why string, held bool) error {
 // be it after minutes; whoever gave up by then leaves it stopped for ever.
 func (g *child) resume(ctx context.Context, r *Report) error {
 	for {
-		err := resume(ctx, g.control, qemuFD, g.socket, g.Endpoint, r)
+		err := resume(ctx, g.control, qemuFD, g.way, r)
 		if err == nil || !g.control.left() || ctx.Err() != nil || waitExit(qemuFD, resumeAgain) {
 			return err
 		}

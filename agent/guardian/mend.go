@@ -127,9 +127,15 @@ func armed(pid int) (armedKinds, error) {
 	return k, sc.Err()
 }
 
+// way is how a guardian gets to the monitor.
+type way struct {
+	socket   *os.File     // duplicate of the agent's connection; nil if there is none
+	client   *qmp.Client  // a connection of its own, where libvirt lets several in; nil otherwise
+	endpoint qmp.Endpoint // the way back in if those are lost
+}
+
 // resume lets QEMU go on as far as the control page says that we stopped it.
-// socket may be nil; endpoint is the way back in if the connection is lost.
-func resume(ctx context.Context, c *Control, qemuPidfd int, socket *os.File, endpoint qmp.Endpoint, r *Report) error {
+func resume(ctx context.Context, c *Control, qemuPidfd int, w way, r *Report) error {
 	if c.SigStopped.Load() != 0 {
 		if err := unix.PidfdSendSignal(qemuPidfd, unix.SIGCONT, nil, 0); err != nil {
 			return fmt.Errorf("SIGCONT: %w", err)
@@ -139,7 +145,7 @@ func resume(ctx context.Context, c *Control, qemuPidfd int, socket *os.File, end
 	}
 	ctx, cancel := context.WithTimeout(ctx, monitorPatience)
 	defer cancel()
-	m, done, err := openMonitor(ctx, socket, endpoint)
+	m, done, err := openMonitor(ctx, w)
 	if err != nil {
 		if c.Stopped.Load() == 0 {
 			return nil // nothing to resume: an unusable monitor is not our matter
@@ -152,6 +158,11 @@ func resume(ctx context.Context, c *Control, qemuPidfd int, socket *os.File, end
 	if c.left() {
 		if r.StatusBefore, r.Resumed, err = resumeVM(ctx, m); err != nil {
 			return err
+		}
+		if w.endpoint.Libvirt && !r.Resumed {
+			if err := settle(ctx, m, r); err != nil {
+				return err
+			}
 		}
 		c.Stopped.Store(0)
 	}
@@ -168,6 +179,36 @@ func (r *Report) sweepDisks(ctx context.Context, m executor) {
 	swept, err := disk.Sweep(ctx, m, false)
 	r.note(err)
 	r.Disks = &swept
+}
+
+// How long a command of the agent's is taken to be still on its way through
+// libvirt, which carries out what a lost client had sent, and in no order with
+// what others send.
+const (
+	settleFor   = 500 * time.Millisecond
+	settleEvery = 10 * time.Millisecond
+)
+
+// settle watches a machine that was found running, for a stop that comes late.
+func settle(ctx context.Context, m executor, r *Report) error {
+	tick := time.NewTicker(settleEvery)
+	defer tick.Stop()
+	for end := time.Now().Add(settleFor); time.Now().Before(end); {
+		select {
+		case <-tick.C:
+		case <-ctx.Done():
+			return context.Cause(ctx)
+		}
+		before, resumed, err := resumeVM(ctx, m)
+		if err != nil {
+			return err
+		}
+		if resumed {
+			r.StatusBefore, r.Resumed = before, true
+			return nil
+		}
+	}
+	return nil
 }
 
 // FdsetOpaque marks the descriptor sets that a checkpoint makes in QEMU.
@@ -205,7 +246,7 @@ func dropFdsets(ctx context.Context, m executor) error {
 // nothing if the control page says that nothing was stopped. The agent's own connection must be closed.
 func Resume(ctx context.Context, c *Control, qemu *vm.Process, endpoint qmp.Endpoint) error {
 	var r Report
-	err := resume(ctx, c, int(qemu.PidFD().Fd()), nil, endpoint, &r)
+	err := resume(ctx, c, int(qemu.PidFD().Fd()), way{endpoint: endpoint}, &r)
 	if err != nil {
 		return problem.New(problem.Failed, "resume", qemu.String(), "the VM was left paused: %w", err).
 			WithHint("ckagent release %d, or cont in QEMU's monitor", qemu.PID)
@@ -213,23 +254,33 @@ func Resume(ctx context.Context, c *Control, qemu *vm.Process, endpoint qmp.Endp
 	return nil
 }
 
-func openMonitor(ctx context.Context, socket *os.File, endpoint qmp.Endpoint) (executor, func(), error) {
+func openMonitor(ctx context.Context, w way) (executor, func(), error) {
+	if w.client != nil && w.client.Err() == nil {
+		return w.client, func() {}, nil
+	}
 	var first error
-	if socket != nil {
-		m, err := takeMonitor(ctx, socket)
+	if w.socket != nil {
+		m, err := takeMonitor(ctx, w.socket)
 		if err == nil {
 			return m, m.close, nil
 		}
 		first = err
 	}
-	if endpoint.Network == "" {
+	if w.endpoint.Network == "" {
 		return nil, nil, errors.Join(first, errors.New("no way to reach QMP"))
 	}
-	if socket != nil {
+	if w.socket != nil {
 		// QEMU serves one connection per monitor: ours must be gone first.
-		socket.Close()
+		w.socket.Close()
 	}
-	client, err := qmp.Dial(ctx, endpoint)
+	client, err := qmp.Dial(ctx, w.endpoint)
+	if err != nil && w.endpoint.Libvirt {
+		// A daemon that died or was restarted must not keep the machine stopped.
+		var orphan error
+		if client, orphan = qmp.DialOrphan(ctx, w.endpoint); orphan == nil {
+			err = nil
+		}
+	}
 	if err != nil {
 		return nil, nil, errors.Join(first, err)
 	}

@@ -116,7 +116,8 @@ type executor interface {
 }
 
 // resumeVM lets a VM that we paused go on, and nothing else: not one that runs,
-// waits for a migration, was shut down or stopped on an error.
+// waits for a migration, was shut down, stopped on an error or paused by its
+// manager.
 func resumeVM(ctx context.Context, m executor) (before string, resumed bool, err error) {
 	var st struct {
 		Running bool   `json:"running"`
@@ -128,5 +129,9 @@ func resumeVM(ctx context.Context, m executor) (before string, resumed bool, err
 	if st.Running || st.Status != "paused" && st.Status != "save-vm" {
 		return st.Status, false, nil
 	}
-	return st.Status, true, m.Execute(ctx, "cont", nil, nil)
+	err = m.Execute(ctx, "cont", nil, nil)
+	if qmp.IsManagerPaused(err) {
+		return st.Status, false, nil
+	}
+	return st.Status, true, err
 }

@@ -59,7 +59,7 @@ func releaseIn(ctx context.Context, dir string, pid int) (Report, error) {
 		}
 	}
 	if control != nil {
-		if err := resume(ctx, control, int(pidfd.Fd()), nil, endpointOf(ctx, s, pid), &r); err != nil {
+		if err := resume(ctx, control, int(pidfd.Fd()), way{endpoint: endpointOf(ctx, s, pid)}, &r); err != nil {
 			r.note(fmt.Errorf("resume: %w", err))
 		}
 	}

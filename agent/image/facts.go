@@ -9,6 +9,9 @@ const (
 	FactBootID    = "boot_id"
 	FactGuestRuns = "guest_running" // "false": it was paused when the checkpoint was taken
 	FactManager   = "manager"       // libvirt, proxmox: who started it
+
+	FactLibvirtURI    = "libvirt_uri"    // qemu:///system, qemu:///session
+	FactLibvirtSocket = "libvirt_socket" // of the daemon that managed it
 )
 
 // RedactedMark stands in a recorded command line where a secret was.

@@ -40,6 +40,7 @@ func (v Version) AtLeast(major, minor int) bool {
 type Client struct {
 	conn     net.Conn
 	endpoint Endpoint
+	relay    *relay // speaks at the other end of conn if libvirt is in between
 	peer     peerProcess
 	version  Version
 	caps     []string
@@ -171,8 +172,13 @@ func (c *Client) Err() error {
 }
 
 // DupFile returns a duplicate of the socket, for a process that shall be able
-// to take over (see Resync). Only one of the two may read at a time.
+// to take over (see Resync). Only one of the two may read at a time. It is nil if
+// libvirt is in between: the session ends with this process then, and everybody
+// has one of their own.
 func (c *Client) DupFile() (*os.File, error) {
+	if c.relay != nil {
+		return nil, nil
+	}
 	return dupConn(c.conn)
 }
 
@@ -194,6 +200,9 @@ func (c *Client) Close() error {
 			err = nil
 		}
 		<-c.done
+		if c.relay != nil {
+			c.relay.close()
+		}
 		c.peer.close()
 	})
 	<-c.done

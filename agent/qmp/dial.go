@@ -22,14 +22,24 @@ const opDial = "connect to monitor"
 var errStranger = errors.New("the monitor belongs to another process")
 
 // Dial connects to a monitor, waits for its greeting and negotiates. A monitor
-// that says nothing within a second is problem.Busy, with a hint who holds it;
-// one that libvirt holds is problem.Refused, since it will not come free. If
+// that says nothing within a second is problem.Busy, with a hint who holds it. If
 // the endpoint names a process, a monitor that turns out to be another's is
 // refused before anything is said to it.
+//
+// The monitor that libvirt made for itself is reached through libvirt. While no
+// daemon is connected to it, that is problem.Refused; see DialOrphan.
 func Dial(ctx context.Context, e Endpoint) (*Client, error) {
 	if ctx.Err() != nil {
 		return nil, dialProblem(ctx, e, context.Cause(ctx))
 	}
+	if e.Libvirt {
+		return dialLibvirt(ctx, e)
+	}
+	return dialSocket(ctx, e)
+}
+
+// dialSocket connects to the monitor's own socket.
+func dialSocket(ctx context.Context, e Endpoint) (*Client, error) {
 	begin := time.Now()
 	conn, err := connect(ctx, e)
 	if err != nil {
@@ -126,12 +136,6 @@ func busy(e Endpoint, p *problem.Error) {
 	if len(holders) > 0 {
 		who = holders[0]
 	}
-	if e.Libvirt {
-		p.Code, p.Retryable = problem.Refused, false
-		p.WithHint("libvirt keeps this monitor (%s), and talking to QEMU through libvirt's RPC is not in this version; "+
-			"give the domain a second monitor (<qemu:commandline> with -qmp unix:PATH,server=on,wait=off)", who)
-		return
-	}
 	if len(holders) == 0 {
 		p.WithHint("a monitor serves one client at a time; close the other one, or QEMU hangs")
 		return
@@ -148,7 +152,9 @@ func clientsOf(e Endpoint) []string {
 	}
 	var names []string
 	name := func(inode uint64) {
-		if owner, comm, ok := ownerOf(inode); ok {
+		if inode == 0 {
+			names = append(names, "another client")
+		} else if owner, comm, ok := ownerOf(inode); ok {
 			names = append(names, fmt.Sprintf("pid %d (%s)", owner, comm))
 		} else {
 			names = append(names, "another client")
@@ -166,21 +172,29 @@ func clientsOf(e Endpoint) []string {
 		}
 		return names
 	}
-	for try := 0; len(names) == 0 && try < tableTries; try++ {
+	for _, peer := range unixPeers(e, pid) {
+		name(peer)
+	}
+	return names
+}
+
+// unixPeers are the far ends of QEMU's accepted connections; 0 for one that
+// cannot be told.
+func unixPeers(e Endpoint, pid int) (peers []uint64) {
+	for try := 0; len(peers) == 0 && try < tableTries; try++ {
 		for _, inode := range unixClients(e, pid) {
 			var peer uint64
 			err := inNetNS(e.PID, func() (err error) {
 				peer, err = unixPeer(inode)
 				return err
 			})
-			if err == nil && peer != 0 {
-				name(peer)
-			} else {
-				names = append(names, "another client")
+			if err != nil {
+				peer = 0
 			}
+			peers = append(peers, peer)
 		}
 	}
-	return names
+	return peers
 }
 
 // unixClients are QEMU's accepted connections at the endpoint's path: they

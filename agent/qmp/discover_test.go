@@ -296,19 +296,30 @@ func TestDiscoverInheritedSocketAsLibvirtDoes(t *testing.T) {
 	}
 	q := startQEMU(t, "/", sock, inherit(t, sock),
 		"-chardev", "socket,id=charmonitor,fd=3,server=on,wait=off", "-mon", "chardev=charmonitor,id=monitor,mode=control")
-	e := discoverOne(t, q)
+	eps, err := Discover(ctx, q.pid)
+	if err != nil || len(eps) != 1 {
+		t.Fatalf("found %v, %v", eps, err)
+	}
+	e := eps[0]
 	if e.FD != 3 || !e.Libvirt || e.Address != sock {
 		t.Errorf("found %+v", e)
 	}
-	c, err := DialPID(ctx, q.pid)
+	// No daemon is there: nothing is done but what lets a machine go on.
+	_, err = DialPID(ctx, q.pid)
+	if p, ok := errors.AsType[*problem.Error](err); !ok || p.Code != problem.Refused || p.Hint != startDaemon {
+		t.Errorf("libvirt's monitor without libvirt: %v", err)
+	}
+	c, err := DialOrphan(ctx, e)
 	if err != nil {
 		t.Fatal(err)
 	}
 	defer c.Close()
-	_, err = DialPID(ctx, q.pid)
-	p, ok := errors.AsType[*problem.Error](err)
-	if !ok || p.Code != problem.Refused || p.Retryable || !strings.Contains(p.Hint, "RPC is not in this version") {
-		t.Errorf("libvirt's monitor in use: %v", err)
+	if err := c.Execute(ctx, "query-status", nil, nil); err != nil {
+		t.Error(err)
+	}
+	// Whoever is connected now is no daemon either.
+	if _, err := OpenManaged(ctx, q.pid); !problem.Is(err, problem.Refused) {
+		t.Errorf("libvirt's monitor in use by a stranger: %v", err)
 	}
 }
 

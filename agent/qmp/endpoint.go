@@ -14,7 +14,7 @@ type Endpoint struct {
 	Address string // unix: a path as the target sees it, or "@name" (abstract); tcp: host:port
 	Via     string // "-qmp", "-mon qmp0 (-chardev)", "--qmp", ...
 	FD      int    // the listening socket's descriptor in the target, -1 if not inherited
-	Libvirt bool   // libvirt made this monitor for itself
+	Libvirt bool   // libvirt made this monitor for itself, and is the way to it
 
 	// PID is the process the monitor must belong to; 0 if unknown. With it, paths
 	// are looked up as that process sees them, its network namespace is used, and
@@ -25,6 +25,9 @@ type Endpoint struct {
 }
 
 func (e Endpoint) String() string {
+	if e.Libvirt {
+		return "libvirt's monitor " + e.Address
+	}
 	addr := e.Address
 	if addr == "" && e.FD >= 0 {
 		addr = fmt.Sprintf("fd %d", e.FD)

@@ -36,6 +36,13 @@ func IsCommandNotFound(err error) bool {
 	return ok && e.Class == "CommandNotFound"
 }
 
+// IsManagerPaused reports whether a machine was not resumed because it was paused
+// through libvirt, which is not ours to undo.
+func IsManagerPaused(err error) bool {
+	e, ok := errors.AsType[*Error](err)
+	return ok && e.Class == ClassManagerPaused
+}
+
 // lostError is the end of a connection: what became of it, and why.
 type lostError struct {
 	exited bool

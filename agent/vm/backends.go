@@ -145,6 +145,10 @@ func (d *describer) descriptors(ctx context.Context) error {
 	for _, fd := range fds {
 		open[fd.Number] = fd
 	}
+	sets, err := d.descriptorSets(ctx)
+	if err != nil {
+		return err
+	}
 	for _, l := range d.c.named("netdev", "chardev", "object", "device", "drive", "blockdev", "net", "nic", "spice", "vnc", "mon", "fsdev", "tpmdev") {
 		id, _ := l.kv.Get("id")
 		what := strings.TrimSpace("-" + l.opt.Name + " " + id)
@@ -152,6 +156,9 @@ func (d *describer) descriptors(ctx context.Context) error {
 			val, _ := l.kv.Get(key)
 			last := key[strings.LastIndexByte(key, '.')+1:]
 			switch {
+			case strings.HasPrefix(val, "/dev/fdset/") && d.fileByName(l, key, what, sets[val], open):
+			case strings.HasPrefix(val, "/dev/fdset/") && l.opt.Name == "chardev" && (last == "path" || last == "logfile"):
+				// A pipe to whoever keeps the log (virtlogd): a restore logs by itself.
 			case strings.HasPrefix(val, "/dev/fdset/"):
 				d.c.refuse("inherited-descriptor", what, key+" names a descriptor set, which ends with the process", "name the file itself")
 			case last == "fd" && l.opt.Name == "netdev" && d.tapByName(l, open, val):
@@ -168,12 +175,56 @@ func (d *describer) descriptors(ctx context.Context) error {
 			}
 		}
 	}
-	for _, o := range d.c.opts {
-		if o.Name == "add-fd" {
-			d.c.refuse("inherited-descriptor", "-add-fd "+o.Value, "descriptors given at the start end with the process", "name the files themselves")
+	for i, o := range d.c.opts {
+		if o.Name == "add-fd" { // who used it was looked at above
+			d.c.remove(i, "descriptors given at the start end with the process")
 		}
 	}
 	return nil
+}
+
+// descriptorSets lists the descriptors in each set, by the name of the set.
+func (d *describer) descriptorSets(ctx context.Context) (map[string][]int, error) {
+	var list []struct {
+		ID  int `json:"fdset-id"`
+		FDs []struct {
+			FD int `json:"fd"`
+		} `json:"fds"`
+	}
+	if err := d.t.QMP.Execute(ctx, "query-fdsets", nil, &list); err != nil {
+		return nil, fmt.Errorf("query-fdsets: %w", err)
+	}
+	sets := make(map[string][]int, len(list))
+	for _, s := range list {
+		name := "/dev/fdset/" + strconv.Itoa(s.ID)
+		for _, fd := range s.FDs {
+			sets[name] = append(sets[name], fd.FD)
+		}
+	}
+	return sets, nil
+}
+
+// fileByName replaces a descriptor set by the file that is open in it, if it is
+// one that can be opened by its name again.
+func (d *describer) fileByName(l located, key, what string, set []int, open map[int]FD) bool {
+	if l.index < 0 || len(set) == 0 {
+		return false
+	}
+	path := open[set[0]].Target
+	if !filepath.IsAbs(path) {
+		return false // a pipe, a socket, a memfd
+	}
+	is, err := os.Stat(d.t.Process.Path("fd/" + strconv.Itoa(set[0])))
+	if err != nil || is.Mode()&(os.ModeNamedPipe|os.ModeSocket) != 0 {
+		return false
+	}
+	named, err := os.Stat(path) // whoever opened it need not see what QEMU sees
+	if err != nil || !os.SameFile(is, named) {
+		return false
+	}
+	l.kv.Set(key, path)
+	d.c.set(l.index, l.kv, what+": the inherited descriptor is the file "+path)
+	return true
 }
 
 // tapByName replaces a tap's descriptor by the interface's name.

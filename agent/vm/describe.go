@@ -39,6 +39,7 @@ type Machine struct {
 	Cwd       string   `json:"cwd"`
 	Root      string   `json:"root"`
 	Manager   string   `json:"manager,omitempty"` // libvirt, proxmox: who started it
+	Libvirt   *Domain  `json:"libvirt,omitempty"` // of a VM that libvirt manages, as its daemon describes it
 	// Kinds of namespace (mnt, net, pid, ...) in which it is not where we are:
 	// paths, interfaces and sockets of its command line are meant there.
 	Namespaces []string `json:"namespaces,omitempty"`
@@ -104,6 +105,12 @@ func (t *Target) describe(ctx context.Context) (Machine, error) {
 	environ := parseCmdline(raw)
 	m.Env, m.LoaderEnv = splitEnv(environ)
 	m.Manager = t.manager()
+	var missing []Secret
+	if m.Manager == ManagerLibvirt {
+		if m.Libvirt, missing, err = t.domain(ctx); err != nil {
+			return m, err
+		}
+	}
 	own, err := readNamespaces("/proc/self/ns")
 	if err != nil {
 		return m, err
@@ -150,7 +157,7 @@ func (t *Target) describe(ctx context.Context) (Machine, error) {
 	}
 	m.Argv = append([]string{p.Argv[0]}, cmdline.Render(redacted)...)
 	m.Current = append([]string{p.Argv[0]}, cmdline.Render(d.c.result())...)
-	m.Changes, m.Refusals, m.Secrets = d.c.changes, d.c.refused, d.redact.secrets
+	m.Changes, m.Refusals, m.Secrets = d.c.changes, d.c.refused, append(d.redact.secrets, missing...)
 	return m, nil
 }
 
@@ -310,6 +317,12 @@ func cpuProps(arg string) map[string]any {
 
 var proxmoxID = regexp.MustCompile(`^/var/run/qemu-server/|^/run/qemu-server/`)
 
+// Managers that are known by the marks they leave.
+const (
+	ManagerLibvirt = "libvirt"
+	ManagerProxmox = "proxmox"
+)
+
 // manager says who started the VM, by marks its command line carries.
 func (t *Target) manager() string {
 	for _, o := range t.Options {
@@ -317,9 +330,9 @@ func (t *Target) manager() string {
 		case o.Name == "object" && strings.Contains(o.Value, "/var/lib/libvirt/"),
 			o.Name == "object" && strings.Contains(o.Value, "masterKey0"),
 			o.Name == "chardev" && strings.Contains(o.Value, "charmonitor"):
-			return "libvirt"
+			return ManagerLibvirt
 		case o.Name == "pidfile" && proxmoxID.MatchString(o.Value):
-			return "proxmox"
+			return ManagerProxmox
 		}
 	}
 	return ""

@@ -2,6 +2,7 @@ package vm
 
 import (
 	"errors"
+	"fmt"
 	"os"
 	"os/exec"
 	"path/filepath"
@@ -201,13 +202,35 @@ func TestDescriptorsAreNamed(t *testing.T) {
 	file := os.NewFile(uintptr(fd), "listener")
 	defer file.Close()
 	cmd := exec.Command(b.binary, "-S", "-display", "none", "-M", "pc", "-m", "64", "-chardev", "socket,id=ch,fd=3,server=on,wait=off", "-mon", "chardev=ch,mode=control",
-		"-add-fd", "fd=4,set=2", "-drive", "if=none,id=x,readonly=on,format=raw,file=/dev/fdset/2")
+		"-add-fd", "fd=4,set=2", "-drive", "if=none,id=x,readonly=on,format=raw,file=/dev/fdset/2",
+		"-add-fd", "fd=5,set=3", "-chardev", "file,id=log,path=/dev/fdset/3,append=on",
+		"-add-fd", "fd=6,set=4", "-drive", "if=none,id=y,readonly=on,format=raw,file=/dev/fdset/4")
 	img, err := os.Open(truncated(t, dir, "img", 1<<20))
 	if err != nil {
 		t.Fatal(err)
 	}
 	defer img.Close()
-	cmd.ExtraFiles = []*os.File{file, img}
+	read, write, err := os.Pipe()
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer read.Close()
+	defer write.Close()
+	memfd, err := unix.MemfdCreate("nameless", unix.MFD_CLOEXEC)
+	if err != nil {
+		t.Fatal(err)
+	}
+	nameless := os.NewFile(uintptr(memfd), "nameless")
+	defer nameless.Close()
+	if err := nameless.Truncate(1 << 20); err != nil {
+		t.Fatal(err)
+	}
+	readOnly, err := os.Open(fmt.Sprintf("/proc/self/fd/%d", memfd))
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer readOnly.Close()
+	cmd.ExtraFiles = []*os.File{file, img, write, readOnly}
 	if err := cmd.Start(); err != nil {
 		t.Fatal(err)
 	}
@@ -224,6 +247,10 @@ func TestDescriptorsAreNamed(t *testing.T) {
 	}) {
 		t.Errorf("the listening socket is not named: %+v", m.Changes)
 	}
+	if !slices.Contains(m.Current, "if=none,id=x,readonly=on,format=raw,file="+img.Name()) || slices.Contains(m.Current, "-add-fd") {
+		t.Errorf("the image is not named: %v", m.Current)
+	}
+	// A pipe is left to whoever restores; what has no name and is read is refused.
 	if got := codes(m.Refusals); !slices.Equal(got, []string{"inherited-descriptor"}) {
 		t.Errorf("refusals %+v", m.Refusals)
 	}

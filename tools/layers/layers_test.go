@@ -21,7 +21,7 @@ const module = "github.com/ckagent/ckagent/"
 // lower layers, from its own folder's subfolders, and never upwards.
 var layers = [][]string{
 	{"uffd", "bpf", "agent/problem", "agent/cgroup", "agent/heartbeat", "agent/procstat"},
-	{"agent/cmdline", "agent/image"},
+	{"agent/cmdline", "agent/image", "agent/libvirt"},
 	{"agent/qmp", "agent/vm/vmstate", "agent/vm/ramstream", "agent/vm/inject", "agent/doctor", "agent/capture/arena", "agent/capture/source"},
 	{"agent/vm", "agent/store"},
 	{"agent/guardian", "agent/capture/faultserver", "agent/export", "agent/ingest"},
