@@ -24,7 +24,7 @@ var layers = [][]string{
 	{"agent/cmdline", "agent/image", "agent/libvirt"},
 	{"agent/qmp", "agent/vm/vmstate", "agent/vm/ramstream", "agent/vm/inject", "agent/doctor", "agent/capture/arena", "agent/capture/source"},
 	{"agent/vm", "agent/store"},
-	{"agent/guardian", "agent/capture/faultserver", "agent/export", "agent/ingest"},
+	{"agent/guardian", "agent/capture/faultserver", "agent/signals", "agent/export", "agent/ingest"},
 	{"agent/capture"},
 	{"agent"},
 	{"plugins"},

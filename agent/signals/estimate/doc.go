@@ -1,0 +1,32 @@
+// Package estimate turns observations of memory being written into the figures
+// that policies decide by: rates with honest error bars, the dirty-rate curve, the
+// make-up of what is written. It is arithmetic only and does no I/O.
+//
+// # Words
+//
+// The dirty rate at interval T is the number of distinct pages written within T,
+// divided by T. It falls as T grows, because pages are written again: G(T), the
+// distinct pages written within T, is the curve, and G(T) = W(1-exp(-T/tau)) the
+// model fitted to it, W being what is rewritten in the long run (the write working
+// set) and W/tau the rate at which a page is written for the first time just after
+// an arm.
+//
+// # The sampled estimate
+//
+// Memory is cut into units of a few pages. Of them a random sample is armed for a
+// window; the number of pages written in each sampled unit is observed. Units are
+// drawn without replacement within strata, classes of similar expected heat, as
+// learned from former windows: whatever was learned, wrong or right, the estimate
+// stays unbiased, since units are drawn anew within each stratum; good knowledge
+// only narrows the error bar. The number drawn follows from the precision wanted
+// (Neyman allocation), bounded by what the caller allows.
+//
+// The error bar is half the width of the 95 % confidence interval: Student's t
+// with Satterthwaite's degrees of freedom on the stratified variance, with finite
+// population correction, so that it vanishes where everything is armed. A stratum
+// in which nothing was seen is given the variance of one more unit that was.
+//
+// # Concurrency
+//
+// Values of this package have one owner at a time.
+package estimate

@@ -1,0 +1,304 @@
+package track
+
+import (
+	"context"
+	"fmt"
+	"math"
+	"time"
+
+	"github.com/ckagent/ckagent/agent/problem"
+	"github.com/ckagent/ckagent/agent/signals/estimate"
+	"github.com/ckagent/ckagent/uffd/pagemap"
+)
+
+// SampleConfig says how memory is sampled.
+type SampleConfig struct {
+	Precision float64 // half-width wanted, relative; 0.12 if 0
+	MaxShare  float64 // of memory armed in a window at most; 0.5 if 0
+	Content   int     // pages read per window to see what they are made of; 0: none
+}
+
+// unitPages is the size of a unit: small, so that contiguous loads do not need
+// most of memory, and not a single page, as arming costs a call per unit.
+const unitPages = 16
+
+// Sampled estimates by arming a random sample, window by window.
+type Sampled struct {
+	t       *Tracker
+	c       SampleConfig
+	sampler *estimate.Sampler
+	content *content
+	panel   *panel
+	curve   estimate.Curve
+	windows int
+}
+
+// Window is what one window told.
+type Window struct {
+	Begin       time.Time // half of the sample was armed
+	Time        time.Duration
+	Rate, Error float64 // pages per second; Error is half the 95 % interval
+	Armed       float64 // share of memory
+	Observed    int     // pages seen written
+	Busy        time.Duration
+}
+
+// Sample prepares sampling.
+func (t *Tracker) Sample(c SampleConfig) *Sampled {
+	if c.MaxShare <= 0 {
+		c.MaxShare = 0.5
+	}
+	units := int((t.pages + unitPages - 1) / unitPages)
+	s := &Sampled{t: t, c: c, sampler: estimate.NewSampler(estimate.SamplerConfig{
+		UnitPages: unitPages, Units: units, Precision: c.Precision, MaxUnits: max(256, int(float64(units)*c.MaxShare)),
+	})}
+	if c.Content > 0 {
+		s.content = newContent(t, c.Content)
+	}
+	return s
+}
+
+// panelAfter is the window whose sample is followed from then on: by then the
+// sampler knows where to look.
+const panelAfter = 3
+
+// Window arms a fresh sample, waits, and estimates.
+func (s *Sampled) Window(ctx context.Context, d time.Duration) (Window, error) {
+	units := s.sampler.Draw()
+	if len(units) == 0 {
+		return Window{}, problem.New(problem.Refused, "sample", s.t.object, "no memory that can be tracked")
+	}
+	begin := time.Now()
+	if err := s.panel.save(units); err != nil {
+		return Window{}, err
+	}
+	// Units are armed one after another and looked at in the same order: a unit's
+	// window is, in the mean, the time between the middles.
+	arming := time.Now()
+	if err := s.eachRun(units, s.t.Arm); err != nil {
+		return Window{}, err
+	}
+	armed := middle(arming, time.Now())
+	if s.windows == panelAfter {
+		s.panel = newPanel(s.t, s.sampler.Design(), units, armed)
+	}
+	if s.content != nil {
+		if err := s.content.before(units); err != nil {
+			return Window{}, err
+		}
+	}
+	busy := time.Since(begin)
+	timer := time.NewTimer(time.Until(armed.Add(d)))
+	defer timer.Stop()
+	select {
+	case <-ctx.Done():
+		return Window{}, ctx.Err()
+	case <-timer.C:
+	}
+	looking := time.Now()
+	if err := s.look(units); err != nil {
+		return Window{}, err
+	}
+	looked := middle(looking, time.Now())
+	if s.content != nil {
+		if err := s.content.after(); err != nil {
+			return Window{}, err
+		}
+	}
+	e := s.sampler.Observe(units)
+	s.windows++
+	took := looked.Sub(armed)
+	s.curve.Add(took, e.Pages)
+	if g, at, err := s.panel.total(looked); err != nil {
+		return Window{}, err
+	} else if at > 0 {
+		s.curve.Add(at, g.Pages)
+	}
+	return Window{Begin: armed, Time: took, Rate: e.Pages / took.Seconds(), Error: e.Error / took.Seconds(), Armed: e.Armed,
+		Observed: e.Observed, Busy: busy + time.Since(looking)}, nil
+}
+
+func middle(a, b time.Time) time.Time { return a.Add(b.Sub(a) / 2) }
+
+// eachRun joins neighbouring units.
+func (s *Sampled) eachRun(units []estimate.Unit, do func(first, count uint64) error) error {
+	for i := 0; i < len(units); {
+		j := i + 1
+		for j < len(units) && units[j].Index == units[j-1].Index+1 {
+			j++
+		}
+		first := uint64(units[i].Index) * unitPages
+		end := min(uint64(units[j-1].Index+1)*unitPages, s.t.pages)
+		if err := do(first, end-first); err != nil {
+			return err
+		}
+		i = j
+	}
+	return nil
+}
+
+// look fills in what was written.
+func (s *Sampled) look(units []estimate.Unit) error {
+	at := 0
+	return s.eachRun(units, func(first, count uint64) error {
+		return s.t.Look(first, count, func(p, n uint64) {
+			for ; n > 0; p, n = p+1, n-1 {
+				for uint64(units[at].Index) < p/unitPages {
+					at++
+				}
+				units[at].Written++
+				if s.content != nil {
+					s.content.written(p)
+				}
+			}
+		})
+	})
+}
+
+// Curve is what was learned of G(T).
+func (s *Sampled) Curve() *estimate.Curve { return &s.curve }
+
+// Heat is how many pages of each 2 MiB are expected to be written per window, block
+// after block as the pages are numbered.
+func (s *Sampled) Heat() []float64 { return s.sampler.Heat(HeatPages, nil) }
+
+// Shares are what the pages written consist of.
+func (s *Sampled) Shares() (estimate.Shares, bool) {
+	if s.content == nil {
+		return estimate.Shares{}, false
+	}
+	return s.content.makeup.Shares()
+}
+
+// WSS estimates the distinct pages written since a sample is being followed, over
+// that time; it is zero in the first windows.
+func (s *Sampled) WSS() (pages, halfWidth float64, over time.Duration) {
+	if s.panel == nil {
+		return 0, 0, 0
+	}
+	e := s.panel.last
+	return e.Pages, e.Error, s.panel.over
+}
+
+// panel is a sample whose pages are followed over many windows: the written ones
+// accumulate.
+type panel struct {
+	t      *Tracker
+	design estimate.Design
+	units  []estimate.Unit
+	began  time.Time
+	member map[int]int // unit index -> position
+	done   *pagemap.Set
+	last   estimate.Estimate
+	over   time.Duration
+}
+
+func newPanel(t *Tracker, d estimate.Design, units []estimate.Unit, began time.Time) *panel {
+	p := &panel{t: t, design: d, units: append([]estimate.Unit(nil), units...), began: began, member: map[int]int{}, done: pagemap.NewSet(t.pages)}
+	for i := range p.units {
+		p.units[i].Written = 0
+		p.member[p.units[i].Index] = i
+	}
+	return p
+}
+
+// save notes what is written in those members that are about to be armed anew.
+func (p *panel) save(units []estimate.Unit) error {
+	if p == nil {
+		return nil
+	}
+	for _, u := range units {
+		if i, ok := p.member[u.Index]; ok {
+			if err := p.collect(i); err != nil {
+				return err
+			}
+		}
+	}
+	return nil
+}
+
+func (p *panel) collect(i int) error {
+	u := &p.units[i]
+	first := uint64(u.Index) * unitPages
+	count := min(unitPages, p.t.pages-first)
+	if u.Written == int(count) {
+		return nil
+	}
+	if err := p.t.Look(first, count, func(at, n uint64) { p.done.AddRange(at, n) }); err != nil {
+		return err
+	}
+	u.Written = int(p.done.CountRange(first, count))
+	return nil
+}
+
+// total collects all members and estimates the pages written since the beginning.
+func (p *panel) total(now time.Time) (estimate.Estimate, time.Duration, error) {
+	if p == nil {
+		return estimate.Estimate{}, 0, nil
+	}
+	for i := range p.units {
+		if err := p.collect(i); err != nil {
+			return estimate.Estimate{}, 0, err
+		}
+	}
+	p.last, p.over = p.design.Estimate(p.units), now.Sub(p.began)
+	return p.last, p.over, nil
+}
+
+// SampledResult is a whole sampled measurement.
+type SampledResult struct {
+	Time, Interval time.Duration
+	Windows        int
+	Rate, Error    float64 // pages per second, mean over the windows and half its 95 % interval
+	WSSPages       float64
+	WSSError       float64
+	WSSOver        time.Duration
+	Armed          float64 // mean share of memory
+	Busy           time.Duration
+	Curve          *estimate.Curve
+	Shares         *estimate.Shares
+	Heat           []float64
+}
+
+// MeasureSampled runs windows until the time is over or ctx ends.
+func (t *Tracker) MeasureSampled(ctx context.Context, whole, interval time.Duration, c SampleConfig, window func(Window)) (*SampledResult, error) {
+	s := t.Sample(c)
+	r := &SampledResult{Curve: &s.curve}
+	begin := time.Now()
+	var sum, squares, armed, weight float64
+	var ctxErr error
+	for time.Since(begin) < whole {
+		w, err := s.Window(ctx, interval)
+		if ctx.Err() != nil {
+			ctxErr = ctx.Err()
+			break
+		}
+		if err != nil {
+			return nil, fmt.Errorf("window %d: %w", s.windows+1, err)
+		}
+		if window != nil {
+			window(w)
+		}
+		r.Windows++
+		r.Interval += w.Time
+		r.Busy += w.Busy
+		k := w.Time.Seconds()
+		weight += k
+		sum += k * w.Rate
+		squares += k * k * w.Error * w.Error
+		armed += w.Armed
+	}
+	if r.Windows == 0 {
+		return nil, ctxErr
+	}
+	n := float64(r.Windows)
+	r.Time = time.Since(begin)
+	r.Interval /= time.Duration(r.Windows)
+	r.Rate, r.Error, r.Armed = sum/weight, math.Sqrt(squares)/weight, armed/n
+	r.WSSPages, r.WSSError, r.WSSOver = s.WSS()
+	r.Heat = s.Heat()
+	if sh, ok := s.Shares(); ok {
+		r.Shares = &sh
+	}
+	return r, ctxErr
+}
