@@ -92,6 +92,7 @@ func takeCheckpointOf(t testing.TB, cfg vmtest.Config, pid int, socket string, s
 		m.Machine.Env = append(m.Machine.Env, image.EnvVar{Name: name, Value: value})
 	}
 	sum.Apply(m)
+	m.ID = txn.ID()
 	if edit != nil {
 		edit(m)
 	}

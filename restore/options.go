@@ -12,27 +12,33 @@ const RunRoot = "/run/ckagent/restored"
 
 // Options of a restore. The zero value restores lazily and waits for the drain.
 type Options struct {
-	Self        string            // the ckagent binary, which is also the pager
-	RunRoot     string            // RunRoot if empty
-	QMPPath     string            // control socket of the restored VM; in its run directory if empty
-	Map         []plan.Mapping    // --map
-	Secrets     map[string]string // --secret ID=FILE
-	Extra       []string          // QEMU arguments after --
-	Binary      string            // another QEMU than the recorded one
-	Eager       bool              // all memory before the guest runs
-	Detach      bool              // return when the guest runs
-	Clone       bool              // another VM with the same state
-	CloneID     string            // names a clone; made up if empty
-	AssumeDead  bool              // the operator knows that the original is dead
-	Paused      bool              // leave the guest paused whatever it was
-	StartWithin time.Duration     // for QEMU to come up; 60 s
-	LoadWithin  time.Duration     // for the device state; 60 s
+	Self       string            // the ckagent binary, which is also the pager
+	RunRoot    string            // RunRoot if empty
+	QMPPath    string            // control socket of the restored VM; in its run directory if empty
+	Map        []plan.Mapping    // --map
+	Secrets    map[string]string // --secret ID=FILE
+	Extra      []string          // QEMU arguments after --
+	Binary     string            // another QEMU than the recorded one
+	Eager      bool              // all memory before the guest runs
+	Detach     bool              // return when the guest runs
+	Clone      bool              // another VM with the same state
+	CloneID    string            // names a clone; made up if empty
+	AssumeDead bool              // the operator knows that the original is dead
+	Paused     bool              // leave the guest paused whatever it was
+	Disks      DiskMode          // DisksCheckpoint if empty
+	DiskDir    string            // where the guest's disks are made; a new directory below DiskRoot if empty
+	// FlattenDisks makes the disks independent of the store once the guest runs.
+	FlattenDisks bool
+	StartWithin  time.Duration // for QEMU to come up; 60 s
+	LoadWithin   time.Duration // for the device state; 60 s
 
 	BytesPerSecond uint64 // of the background drain; 0: unlimited
 
 	// OnPhase is told of each step as it is reached, from one goroutine at a time;
 	// it must not block.
 	OnPhase func(Phase)
+	// OnFlatten is told how many bytes of the disks were looked at, as OnDrain is.
+	OnFlatten func(done, total uint64)
 	// OnDrain is told how far a drain is, a few times a second.
 	OnDrain func(Progress)
 }
@@ -67,6 +73,7 @@ const (
 	PhaseFed     = "fed"
 	PhaseRunning = "running"
 	PhaseDrained = "drained"
+	PhaseFlat    = "flat" // the disks need the store no longer
 )
 
 // Progress of a drain.
@@ -95,6 +102,8 @@ type Result struct {
 	CommandToRunningNS int64         `json:"command_to_running_ns"` // both
 	DrainedNS          int64         `json:"drained_ns"`            // command to everything in and let go; 0 if detached
 	Faults             uint64        `json:"faults"`
+	Disks              []DiskResult  `json:"disks"`             // made for it; none where it uses the original images
+	FlatNS             int64         `json:"flat_ns,omitempty"` // command to the disks needing the store no longer
 	Phases             []Phase       `json:"phases"`
 	Changes            []plan.Change `json:"changes"`
 	Notes              []string      `json:"notes"`

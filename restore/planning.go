@@ -20,14 +20,19 @@ const maxInclude = 1 << 20
 func MakePlan(m *image.Manifest, o Options) (*plan.Plan, error) {
 	o.fill()
 	o.nameClone()
+	o.nameDisks(m)
+	if err := judgeDisks(m, o.Disks); err != nil {
+		return nil, err
+	}
 	return makePlan(m, o, runDirName(o.RunRoot, m.VM))
 }
 
 func makePlan(m *image.Manifest, o Options, runDir string) (*plan.Plan, error) {
 	rec := recorded(m)
+	rec.Disks = planDisks(m, o.Disks)
 	p, err := plan.Build(rec, plan.Options{
 		Map: o.Map, Secrets: o.Secrets, Extra: o.Extra, Binary: o.Binary, QMPPath: o.QMPPath,
-		RunDir: runDir, CloneID: o.CloneID,
+		RunDir: runDir, DiskDir: o.DiskDir, CloneID: o.CloneID,
 		ReadFile: func(name string) ([]byte, error) {
 			if !filepath.IsAbs(name) {
 				name = filepath.Join(rec.Cwd, name)

@@ -7,6 +7,7 @@ import (
 	"fmt"
 	"os"
 	"strings"
+	"sync/atomic"
 	"time"
 
 	"golang.org/x/sync/errgroup"
@@ -44,6 +45,11 @@ type run struct {
 	warm   *pager.Warm
 	pager  *pager.Process
 	older  bool // the QEMU to be started is older than the recorded one, and knows all there is
+
+	madeDisks []atomic.Bool // by plan.Disks
+	madeDir   string        // for them
+	keep      keeper        // nil outside a store
+	giveBack  []func() error
 }
 
 // RunImage restores the checkpoint behind an opened reader, which it leaves open.
@@ -61,9 +67,10 @@ func newRun(r *image.Reader, source *pager.SourceSpec, began time.Time, o Option
 	o.fill()
 	o.nameClone()
 	m := r.Manifest()
+	o.nameDisks(m)
 	return &run{o: o, began: began, r: r, m: m, source: source, res: &Result{
 		Schema: Schema, ID: m.ID, VM: m.VM, Lazy: !o.Eager, Clone: o.CloneID,
-		RAMBytes: ramBytes(m), Phases: []Phase{}, Changes: []plan.Change{}, Notes: []string{},
+		RAMBytes: ramBytes(m), Disks: []DiskResult{}, Phases: []Phase{}, Changes: []plan.Change{}, Notes: []string{},
 	}}
 }
 
@@ -132,6 +139,8 @@ func (x *run) undo() {
 	if x.plan != nil && !strings.HasPrefix(x.plan.QMPPath, x.plan.RunDir+"/") && x.q != nil {
 		_ = os.Remove(x.plan.QMPPath)
 	}
+	x.removeDisks()
+	_ = x.give() // what is left names a dead process or a file that is gone: gc finds it
 	if x.dir != nil {
 		_ = x.dir.remove()
 	}
@@ -139,6 +148,9 @@ func (x *run) undo() {
 
 // prepare is everything before QEMU is started.
 func (x *run) prepare(ctx context.Context) (err error) {
+	if err := judgeDisks(x.m, x.o.Disks); err != nil {
+		return err
+	}
 	name := x.m.VM
 	if x.o.Clone {
 		name += "-clone-" + x.o.CloneID
@@ -175,6 +187,9 @@ func (x *run) prepare(ctx context.Context) (err error) {
 		}
 	}
 	if err := preflight(ctx, p); err != nil {
+		return err
+	}
+	if err := x.disks(ctx); err != nil {
 		return err
 	}
 	if err := x.dir.own(p.UID, p.GID); err != nil {
@@ -225,6 +240,9 @@ func (x *run) bringUp(ctx context.Context) error {
 	x.res.QEMUPID = q.child.Pid
 	// At once: who is killed from here on leaves a QEMU that Sweep must find.
 	if err := x.dir.adopt(identity{q.child.Pid, q.started}); err != nil {
+		return err
+	}
+	if err := x.lend(slow); err != nil {
 		return err
 	}
 	x.phase(PhaseStarted, time.Now())
@@ -315,6 +333,11 @@ func (x *run) bringUp(ctx context.Context) error {
 	}
 	x.res.ResumeNS = end.Sub(ready).Nanoseconds()
 	x.res.CommandToRunningNS = end.Sub(x.began).Nanoseconds()
+	if x.o.Detach {
+		if err := x.flatten(loadCtx, c); err != nil {
+			return leftAlone{err}
+		}
+	}
 	return nil
 }
 
@@ -406,7 +429,24 @@ func (x *run) drain(ctx context.Context) error {
 			now := time.Now()
 			x.phase(PhaseDrained, now)
 			x.res.DrainedNS = now.Sub(x.began).Nanoseconds()
-			return x.pager.Detach()
+			if err := x.pager.Detach(); err != nil {
+				return err
+			}
+			return x.afterDrain(ctx)
 		}
 	}
+}
+
+// afterDrain is what waits until the guest has all of its memory.
+func (x *run) afterDrain(ctx context.Context) error {
+	if !x.o.FlattenDisks || len(x.diskPaths()) == 0 {
+		return nil
+	}
+	if err := x.awaitFlat(ctx); err != nil {
+		return err
+	}
+	now := time.Now()
+	x.phase(PhaseFlat, now)
+	x.res.FlatNS = now.Sub(x.began).Nanoseconds()
+	return x.give()
 }

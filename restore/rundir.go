@@ -28,7 +28,7 @@ type state struct {
 	Name       string   `json:"name"`
 	BootID     string   `json:"boot_id"`
 	Restorer   identity `json:"restorer"`
-	QEMU       identity `json:"qemu"`    // zero while it is being started
+	QEMU       identity `json:"qemu"` // zero while it is being started
 	Guest      stage    `json:"guest,omitempty"`
 }
 
@@ -88,6 +88,11 @@ type runDir struct {
 
 // runDirName is the directory a restore by this process would use.
 func runDirName(root, name string) string {
+	return filepath.Join(root, cleanName(name)+"-"+strconv.Itoa(os.Getpid()))
+}
+
+// cleanName makes a VM's name a file's.
+func cleanName(name string) string {
 	clean := strings.Map(func(r rune) rune {
 		if r == '/' || r == ',' || r <= ' ' || r > '~' {
 			return '_'
@@ -97,7 +102,10 @@ func runDirName(root, name string) string {
 	if len(clean) > 100 { // a socket's path has 107 bytes
 		clean = clean[:100]
 	}
-	return filepath.Join(root, clean+"-"+strconv.Itoa(os.Getpid()))
+	if clean == "." || clean == ".." || clean == "" {
+		clean = "_" + clean
+	}
+	return clean
 }
 
 // reserveRunDir makes the directory before its plan is known.

@@ -96,6 +96,7 @@ func Run(ctx context.Context, st *store.Store, ref string, o Options) (*Result, 
 		return nil, problem.New(problem.Failed, "restore", sel.Info.ID, "%w", err)
 	}
 	x := newRun(img.Reader, &pager.SourceSpec{Kind: SourceStore, Params: params}, began, o)
+	x.keep = img
 	for _, s := range sel.Skipped {
 		x.note("checkpoint %s is newer but cannot be used: %v", s.ID, s.Err)
 	}

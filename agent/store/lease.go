@@ -23,6 +23,7 @@ type Role string
 const (
 	Writing Role = "write"
 	Reading Role = "read"
+	Disk    Role = "disk" // an image is built on its volumes
 )
 
 // LeaseState says whether the holder of a lease is there.
@@ -43,10 +44,14 @@ type Lease struct {
 	PID        int        `json:"pid"`
 	StartTicks uint64     `json:"start_ticks"` // field 22 of /proc/PID/stat
 	State      LeaseState `json:"state"`
+	Path       string     `json:"path,omitempty"` // of the image; role Disk
 	file       string
 }
 
 func (l Lease) String() string {
+	if l.Role == Disk {
+		return fmt.Sprintf("the disk %s on %s is built on it (%s)", l.Path, l.Host, l.State)
+	}
 	return fmt.Sprintf("%s lease of pid %d on %s (%s)", l.Role, l.PID, l.Host, l.State)
 }
 
@@ -130,15 +135,20 @@ func (id identity) parseLease(name string) (Lease, bool) {
 	return l, true
 }
 
-// held picks the leases that protect; force discounts those of unknown holders.
+// held picks the leases that protect, processes before images; force discounts those
+// of unknown holders.
 func held(leases []Lease, force bool) []Lease {
-	var out []Lease
+	var out, images []Lease
 	for _, l := range leases {
-		if l.State == Live || l.State == Unknown && !force {
+		switch {
+		case l.State != Live && (l.State != Unknown || force):
+		case l.Role == Disk:
+			images = append(images, l)
+		default:
 			out = append(out, l)
 		}
 	}
-	return out
+	return append(out, images...)
 }
 
 // addLease claims a checkpoint for this process. The caller holds the lock.
@@ -157,6 +167,9 @@ func leaseProblem(op, id string, l []Lease) error {
 	p := problem.New(problem.Busy, op, id, "in use: %v", l[0])
 	if l[0].State == Unknown {
 		return p.WithHint("if that host or container is gone for good, repeat with --force")
+	}
+	if l[0].Role == Disk {
+		return p.WithHint("make it independent (restore with --disks-flatten, or qemu-img rebase -b '' %s while its VM is off), or remove it", l[0].Path)
 	}
 	return p.WithHint("wait until pid %d has finished", l[0].PID)
 }

@@ -332,3 +332,142 @@ func tryCommit(ctx context.Context, s *Store) (id string, err error) {
 	}
 	return txn.ID(), txn.Commit(ctx, m)
 }
+
+// TestLend: a lease in the name of another process keeps the checkpoint for as long
+// as that process lives, or until it is taken back.
+func TestLend(t *testing.T) {
+	ctx := context.Background()
+	lent := func(t *testing.T, s *Store) (id string, c *exec.Cmd, takeBack func() error) {
+		t.Helper()
+		id = commitOne(t, s, "a")
+		commitOne(t, s, "a") // so that the other is not the last good one
+		c = exec.Command("sleep", "600")
+		if err := c.Start(); err != nil {
+			t.Fatal(err)
+		}
+		t.Cleanup(func() { _ = c.Process.Kill(); _ = c.Wait() })
+		stat, err := procstat.Read(c.Process.Pid)
+		if err != nil {
+			t.Fatal(err)
+		}
+		img, err := s.OpenImage(ctx, id)
+		if err != nil {
+			t.Fatal(err)
+		}
+		if takeBack, err = img.Lend(ctx, c.Process.Pid, stat.StartTicks); err != nil {
+			t.Fatal(err)
+		}
+		if _, err := img.Lend(ctx, 0, 0); err == nil {
+			t.Error("lent to nobody")
+		}
+		if err := img.Close(); err != nil {
+			t.Fatal(err)
+		}
+		_, err = s.Remove(ctx, id, true)
+		if !problem.Is(err, problem.Busy) || !strings.Contains(err.Error(), fmt.Sprint(c.Process.Pid)) {
+			t.Errorf("removed while another process needs it: %v", err)
+		}
+		if rep, err := s.ApplyRetention(ctx, "a", 1); err != nil || len(rep.Removed) != 0 {
+			t.Errorf("retention: %+v %v", rep, err)
+		}
+		if rep, err := s.GC(ctx, GCOptions{}); err != nil || len(rep.Removed) != 0 {
+			t.Errorf("gc: %+v %v", rep, err)
+		}
+		return id, c, takeBack
+	}
+	t.Run("taken back", func(t *testing.T) {
+		s := newStore(t)
+		id, _, takeBack := lent(t, s)
+		if err := takeBack(); err != nil {
+			t.Fatal(err)
+		}
+		if _, err := s.Remove(ctx, id, false); err != nil {
+			t.Error(err)
+		}
+		if err := takeBack(); err != nil {
+			t.Errorf("twice: %v", err)
+		}
+	})
+	t.Run("process ends", func(t *testing.T) {
+		s := newStore(t)
+		id, c, _ := lent(t, s)
+		_ = c.Process.Kill()
+		_ = c.Wait() // it says that it was killed
+		if rep, err := s.GC(ctx, GCOptions{}); err != nil || len(rep.Removed) != 1 {
+			t.Errorf("gc of the dead one's lease: %+v %v", rep, err)
+		}
+		if _, err := s.Remove(ctx, id, false); err != nil {
+			t.Error(err)
+		}
+	})
+}
+
+// TestDiskNeedsCheckpoint: a checkpoint stays while there is an image that is built
+// on its volumes, whether or not somebody has it open.
+func TestDiskNeedsCheckpoint(t *testing.T) {
+	ctx := context.Background()
+	dir := t.TempDir()
+	s, err := OpenFS(fsys.OS{}, filepath.Join(dir, "store"))
+	if err != nil {
+		t.Fatal(err)
+	}
+	id := commitOne(t, s, "a")
+	commitOne(t, s, "a")
+	img, err := s.OpenImage(ctx, id)
+	if err != nil {
+		t.Fatal(err)
+	}
+	disk := filepath.Join(dir, "disk,with a comma.qcow2")
+	if _, err := img.HoldFor(ctx, "relative"); err == nil {
+		t.Error("a relative path was taken")
+	}
+	release, err := img.HoldFor(ctx, disk)
+	if err != nil {
+		t.Fatal(err)
+	}
+	if err := img.Close(); err != nil {
+		t.Fatal(err)
+	}
+	qemuImg := func(args ...string) {
+		t.Helper()
+		if out, err := exec.Command("qemu-img", args...).CombinedOutput(); err != nil {
+			t.Fatalf("qemu-img %q: %v: %s", args, err, out)
+		}
+	}
+	below := filepath.Join(dir, "below")
+	qemuImg("create", "-q", "-f", "qcow2", below, "1M")
+	held := func(what string, want bool) {
+		t.Helper()
+		rep, err := s.GC(ctx, GCOptions{DryRun: true})
+		if err != nil || (len(rep.Removed) == 0) != want {
+			t.Errorf("%s: gc would remove %+v, %v", what, rep.Removed, err)
+		}
+		if !want {
+			return
+		}
+		if _, err := s.Remove(ctx, id, true); !problem.Is(err, problem.Busy) || !strings.Contains(err.Error(), disk) {
+			t.Errorf("%s: removed: %v", what, err)
+		}
+		if rep, err := s.ApplyRetention(ctx, "a", 1); err != nil || len(rep.Removed) != 0 {
+			t.Errorf("%s: retention: %+v %v", what, rep, err)
+		}
+	}
+	held("no such image", false)
+	qemuImg("create", "-q", "-f", "qcow2", "-b", below, "-F", "qcow2", disk)
+	held("built on another", true)
+	far := s.with(func(id *identity) { id.host = "far+00000000" })
+	if _, err := far.Remove(ctx, id, false); !problem.Is(err, problem.Busy) {
+		t.Errorf("seen from another host: %v", err)
+	}
+	// Another boot: images outlive it.
+	s.id.bootID = "later"
+	held("after a reboot", true)
+	qemuImg("rebase", "-f", "qcow2", "-b", "", disk)
+	held("flattened", false)
+	if _, err := s.Remove(ctx, id, false); err != nil {
+		t.Error(err)
+	}
+	if err := release(); err != nil {
+		t.Errorf("of what is gone: %v", err)
+	}
+}

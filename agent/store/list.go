@@ -112,6 +112,9 @@ func (s *Store) look(op, vm, id string) (candidate, error) {
 	for _, e := range entries {
 		c.files = append(c.files, e.Name)
 		if l, ok := s.id.parseLease(e.Name); ok {
+			if l.Role == Disk {
+				s.resolveDisk(&l, filepath.Join(c.dir, e.Name))
+			}
 			c.leases = append(c.leases, l)
 		}
 		c.committed = c.committed || e.Name == image.ManifestName

@@ -4,6 +4,7 @@ import (
 	"errors"
 	"fmt"
 	"os"
+	"path/filepath"
 	"strings"
 	"time"
 
@@ -28,6 +29,9 @@ type restoreOptions struct {
 	assumeDead bool
 	paused     bool
 	dryRun     bool
+	disks      string
+	diskDir    string
+	flatten    bool
 	rate       sizeValue
 }
 
@@ -54,7 +58,10 @@ func newRestoreCommand(a *app) *cobra.Command {
 	f.BoolVar(&o.assumeDead, "assume-dead", false, "restore although the original may be alive; only if you know that it is not")
 	f.BoolVar(&o.paused, "paused", false, "leave the guest paused")
 	f.BoolVar(&o.dryRun, "dry-run", false, "print the command line and what was changed in it, and do nothing")
-	f.Var(&o.rate, "bandwidth", "limit of the background paging, bytes per second")
+	f.StringVar(&o.disks, "disks", string(restore.DisksCheckpoint), "checkpoint: the disks as they were then, in new files; original: the original images, if nobody wrote to them since; as-is: whatever they hold now")
+	f.StringVar(&o.diskDir, "disk-dir", "", "where to make the disks (default: a new directory below "+restore.DiskRoot+")")
+	f.BoolVar(&o.flatten, "disks-flatten", false, "copy the disks out of the store in the background, so that they need it no longer")
+	f.Var(&o.rate, "bandwidth", "limit of the background paging and flattening, bytes per second")
 	return c
 }
 
@@ -73,7 +80,16 @@ func splitArgs(c *cobra.Command, args []string) (ref string, extra []string, err
 func (o *restoreOptions) options(extra []string) (restore.Options, error) {
 	r := restore.Options{QMPPath: o.qmp, Extra: extra, Binary: o.binary, Eager: o.eager || !o.lazy, Detach: o.detach,
 		Clone: o.clone, AssumeDead: o.assumeDead, Paused: o.paused, BytesPerSecond: uint64(o.rate),
-		Secrets: map[string]string{}}
+		Secrets: map[string]string{}, FlattenDisks: o.flatten}
+	var err error
+	if r.Disks, err = restore.ParseDiskMode(o.disks); err != nil {
+		return r, err
+	}
+	if o.diskDir != "" {
+		if r.DiskDir, err = filepath.Abs(o.diskDir); err != nil {
+			return r, usageError("--disk-dir %q: %w", o.diskDir, err)
+		}
+	}
 	for _, m := range o.maps {
 		mapping, err := plan.ParseMapping(m)
 		if err != nil {
@@ -88,7 +104,6 @@ func (o *restoreOptions) options(extra []string) (restore.Options, error) {
 		}
 		r.Secrets[id] = file
 	}
-	var err error
 	r.Self, err = os.Executable()
 	return r, err
 }
@@ -116,6 +131,12 @@ func runRestore(c *cobra.Command, a *app, o *restoreOptions, args []string) erro
 			b.update(p.Bytes, p.TotalBytes)
 		}
 	}
+	flat := a.newBar("flattening")
+	ro.OnFlatten = func(done, total uint64) {
+		if !a.json {
+			flat.update(done, total)
+		}
+	}
 	res, err := restore.Run(c.Context(), st, ref, ro)
 	if res == nil {
 		return err
@@ -132,6 +153,13 @@ func runRestore(c *cobra.Command, a *app, o *restoreOptions, args []string) erro
 		return nil
 	}
 	fmt.Fprintf(a.out, "VM %s runs again from %s: pid %d, monitor %s\n", res.Name, res.ID, res.QEMUPID, res.QMP)
+	for _, d := range res.Disks {
+		fmt.Fprintf(a.out, "disk %s: %s", d.Name, d.Path)
+		if d.Backing != "" {
+			fmt.Fprintf(a.out, " over %s", d.Backing)
+		}
+		fmt.Fprintln(a.out)
+	}
 	fmt.Fprintf(a.out, "QEMU up after %s, guest running %s later (%s in all)", durationText(time.Duration(res.ReadyNS)),
 		durationText(time.Duration(res.ResumeNS)), durationText(time.Duration(res.CommandToRunningNS)))
 	if res.DrainedNS > 0 {
