@@ -40,7 +40,7 @@ var implied = map[string]string{
 	"display": "type", "drive": "", "fsdev": "fsdriver", "fw_cfg": "name",
 	"global": "", "icount": "shift", "iscsi": "", "m": "size", "machine": "type",
 	"M": "type", "mon": "chardev", "msg": "", "name": "guest", "net": "type",
-	"netdev": "type", "nic": "model", "numa": "type", "object": "qom-type",
+	"netdev": "type", "nic": "type", "numa": "type", "object": "qom-type",
 	"option-rom": "romfile", "overcommit": "", "plugin": "file", "realtime": "",
 	"rtc": "", "run-with": "", "sandbox": "enable",
 	"semihosting-config": "enable", "smbios": "", "smp": "cpus", "spice": "",
