@@ -6,6 +6,7 @@ import (
 	"fmt"
 	"regexp"
 	"strings"
+	"time"
 
 	"github.com/ckagent/ckagent/agent/capture"
 	"github.com/ckagent/ckagent/agent/image"
@@ -20,6 +21,9 @@ type Options struct {
 	QMP  string // address of the monitor; default: found
 	// LeaveDisksOut takes VMs whose writable disks are to be left out of checkpoints.
 	LeaveDisksOut bool
+
+	Hooks  Hooks
+	Freeze time.Duration // freeze the guest's file systems for the pause, no longer than this; 0: do not
 }
 
 // VM is a running VM that we may take checkpoints of.
@@ -141,7 +145,26 @@ func (v *VM) Checkpoint(ctx context.Context, st *store.Store, o capture.Options)
 	if err := v.open(ctx); err != nil {
 		return nil, v.proc.Explain(err)
 	}
-	return capture.Take(ctx, capture.Subject{Target: v.target, Name: v.Name, Machine: v.machine, QEMU: v.qemu}, st, o)
+	if v.opts.Freeze > 0 {
+		o.Quiesce = func(ctx context.Context) (func() error, error) {
+			return freeze(ctx, v.target, o.Helper, v.opts.Freeze)
+		}
+	}
+	var res *capture.Result
+	missed, err := v.opts.Hooks.around(ctx, v, func() (id string, err error) {
+		res, err = capture.Take(ctx, capture.Subject{Target: v.target, Name: v.Name, Machine: v.machine, QEMU: v.qemu}, st, o)
+		if err != nil {
+			return "", err
+		}
+		return res.Manifest.ID, nil
+	})
+	if err != nil {
+		return nil, err
+	}
+	if missed != nil {
+		res.Notes = append(res.Notes, missed.Error())
+	}
+	return res, nil
 }
 
 // Rest gives the monitor back until the next checkpoint.

@@ -62,6 +62,9 @@ func (s *session) manifest(sum image.Summary, hot image.HotRuns, disks []image.D
 		m.Machine.Facts = map[string]string{}
 	}
 	m.Machine.Facts[image.FactGuestRuns] = strconv.FormatBool(s.res.Timing.WasRunning)
+	if s.o.Quiesce != nil {
+		m.Machine.Facts[image.FactFrozen] = "true"
+	}
 	sum.Apply(m)
 	m.Stats.PauseNS = s.res.Timing.PauseNS
 	m.Stats.DeviceStateNS = s.res.Timing.DeviceStateNS

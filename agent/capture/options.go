@@ -1,6 +1,7 @@
 package capture
 
 import (
+	"context"
 	"fmt"
 	"time"
 
@@ -60,6 +61,11 @@ type Options struct {
 	// Helper is the command line that starts a helper process of ours: the verb
 	// is appended. Default: this very binary.
 	Helper []string
+
+	// Quiesce, if not nil, brings the guest to rest just before the pause, such as
+	// by freezing its file systems. What it returns is called when the guest runs
+	// again, or if the attempt fails; an error of either gives the attempt up.
+	Quiesce func(ctx context.Context) (undo func() error, err error)
 
 	// Progress, if not nil, is told about each step, from the caller's goroutine.
 	Progress func(Event)

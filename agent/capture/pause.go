@@ -86,7 +86,7 @@ func newPause(ctx context.Context, q *qmp.Client, proc *vm.Process, object strin
 	if err != nil {
 		return p, err
 	}
-	p.events = q.Subscribe(64, "STOP", "RESUME")
+	p.events = q.Subscribe(64, "STOP", "RESUME", "RESET")
 	var status struct {
 		Running bool `json:"running"`
 	}
@@ -169,11 +169,68 @@ func (p *pause) run(ctx context.Context, inside func(context.Context) error) (tm
 	if !ours {
 		return tm, err
 	}
+	// Whoever has let the machine run or stopped it again meanwhile wins: it stays
+	// as they left it. A stop alone cannot be seen, since it does nothing to a
+	// machine that stands still.
+	var c course
+	if p.follow(&c); c.turns > 0 {
+		p.journal.Resumed()
+		return tm, errors.Join(err, p.meddled("let the VM run"))
+	}
 	err = errors.Join(err, p.resume(ctx, &tm, false))
-	if resume, ok := p.awaitEvent(ctx, "RESUME"); ok {
-		tm.PauseNS = resume.Timestamp.Sub(stopEvent.Timestamp).Nanoseconds()
+	if p.follow(&c); c.turns == 0 {
+		if e, ok := p.awaitEvent(ctx, "RESUME"); ok {
+			c.note(e)
+		}
+	}
+	if c.turns > 0 {
+		tm.PauseNS = c.resumed.Timestamp.Sub(stopEvent.Timestamp).Nanoseconds()
+	}
+	if err == nil && c.reset {
+		err = p.meddled("reset the VM")
 	}
 	return tm, err
+}
+
+// course is what became of the machine after it was stopped, as events tell.
+type course struct {
+	turns   int       // how often it was let run or stopped
+	resumed qmp.Event // the first time it was let run
+	reset   bool      // before that
+}
+
+func (c *course) note(e qmp.Event) {
+	switch e.Name {
+	case "RESET":
+		c.reset = c.reset || c.turns == 0
+		return
+	case "RESUME":
+		if c.turns == 0 {
+			c.resumed = e
+		}
+	}
+	c.turns++
+}
+
+// follow takes in the events that have arrived.
+func (p *pause) follow(c *course) {
+	for {
+		select {
+		case e, open := <-p.events.C():
+			if !open {
+				return
+			}
+			c.note(e)
+		default:
+			return
+		}
+	}
+}
+
+// meddled is the end of a checkpoint whose instant somebody else broke.
+func (p *pause) meddled(what string) error {
+	return problem.New(problem.Busy, "checkpoint", p.object, "somebody else %s while it was stopped for this", what).
+		WithHint("nothing was changed about what they did; take it again")
 }
 
 // resume sends cont. With check, it is not known whether QEMU stopped at all, or

@@ -35,6 +35,7 @@ type Result struct {
 	Capture  faultserver.Stats // mode cow
 	Reason   string            // why mode auto was not mode cow from the first attempt on; empty otherwise
 	Retaken  []string          // why earlier attempts were discarded
+	Notes    []string          // what went wrong beside it
 	PID      int
 }
 
@@ -324,12 +325,18 @@ func (s *session) capture(ctx context.Context) (hot image.HotRuns, err error) {
 	if err := s.unmigrated(ctx); err != nil {
 		return nil, err
 	}
+	undo, err := s.quiesce(ctx)
+	if err != nil {
+		return nil, err
+	}
+	defer func() { err = errors.Join(err, undo()) }()
 	if w.cow != nil { // last, so that little is dirty when the guest stops
 		if err := w.cow.srv.Rearm(ctx); err != nil {
 			return nil, s.captureError("arm RAM", err)
 		}
 	}
-	if s.res.Timing, err = p.run(ctx, inside); err != nil {
+	s.res.Timing, err = p.run(ctx, inside)
+	if err = errors.Join(err, undo()); err != nil {
 		return nil, err
 	}
 	s.o.tell("resume", time.Duration(s.res.Timing.PauseNS), "the guest runs again")
@@ -352,4 +359,30 @@ func (s *session) capture(ctx context.Context) (hot image.HotRuns, err error) {
 	}
 	s.o.tell("disks", time.Since(begin), "copied")
 	return hot, nil
+}
+
+// quiesce brings the guest to rest. What it returns may be called again.
+func (s *session) quiesce(ctx context.Context) (undo func() error, err error) {
+	nothing := func() error { return nil }
+	if s.o.Quiesce == nil {
+		return nothing, nil
+	}
+	begin := time.Now()
+	wake, err := s.o.Quiesce(ctx)
+	if err != nil {
+		return nothing, err
+	}
+	s.o.tell("quiesce", time.Since(begin), "the guest's file systems are frozen")
+	// What the guest wrote back for it is not to be left to the pause.
+	if _, err := s.target.FlushDisks(ctx); err != nil {
+		return nothing, errors.Join(err, wake())
+	}
+	done := false
+	return func() error {
+		if done {
+			return nil
+		}
+		done = true
+		return wake()
+	}, nil
 }

@@ -9,6 +9,8 @@ const (
 	FactBootID    = "boot_id"
 	FactGuestRuns = "guest_running" // "false": it was paused when the checkpoint was taken
 	FactManager   = "manager"       // libvirt, proxmox: who started it
+	FactFrozen    = "guest_frozen"  // "true": its file systems were frozen, and are in the image
+	FactCPU       = "cpu_features"  // see vm.CPUFeatures
 
 	FactLibvirtURI    = "libvirt_uri"    // qemu:///system, qemu:///session
 	FactLibvirtSocket = "libvirt_socket" // of the daemon that managed it

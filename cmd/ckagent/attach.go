@@ -47,11 +47,15 @@ func runAttach(c *cobra.Command, a *app, o *attachOptions, arg string) (err erro
 	if err != nil {
 		return err
 	}
+	ao, err := o.attach()
+	if err != nil {
+		return err
+	}
 	st, err := store.Open(o.store)
 	if err != nil {
 		return err
 	}
-	v, err := agent.Attach(c.Context(), pid, o.attach())
+	v, err := agent.Attach(c.Context(), pid, ao)
 	if err != nil {
 		return err
 	}

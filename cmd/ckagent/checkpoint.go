@@ -28,6 +28,11 @@ type captureFlags struct {
 	disks      string
 	diskSpeed  sizeValue
 	diskMem    sizeValue
+
+	preHook, postHook string
+	hookTimeout       time.Duration
+	freeze            bool
+	freezeTimeout     time.Duration
 }
 
 func (f *captureFlags) add(c *cobra.Command) {
@@ -46,6 +51,27 @@ func (f *captureFlags) add(c *cobra.Command) {
 	fl.Var(&f.diskSpeed, "disk-speed", "most to copy of each disk per second (default 256M)")
 	fl.Var(&f.diskMem, "disk-memory", "memory for what the guest overwrites before it was copied (default: a quarter of what is available, at most 1G)")
 	fl.Var(&f.bufferMem, "buffer-memory", "limit of mode buffer (default: half of the available memory)")
+	fl.StringVar(&f.preHook, "pre-hook", "", "shell command to run before; if it fails, no checkpoint is taken")
+	fl.StringVar(&f.postHook, "post-hook", "", "shell command to run after, whatever happened")
+	fl.DurationVar(&f.hookTimeout, "hook-timeout", time.Minute, "longest time a hook may take")
+	fl.BoolVar(&f.freeze, "freeze", false, "have qemu-ga freeze the guest's file systems for the pause")
+	fl.DurationVar(&f.freezeTimeout, "freeze-timeout", 10*time.Second, "longest time they may be frozen")
+}
+
+// attach says how to attach, for these flags.
+func (f *captureFlags) attach() (agent.Options, error) {
+	o := agent.Options{Name: f.name, QMP: f.qmp, LeaveDisksOut: f.disks == string(capture.DisksNone),
+		Hooks: agent.Hooks{Pre: f.preHook, Post: f.postHook, Timeout: f.hookTimeout}}
+	if f.hookTimeout < time.Second {
+		return o, usageError("--hook-timeout %v: want at least 1s", f.hookTimeout)
+	}
+	if f.freezeTimeout < 100*time.Millisecond || f.freezeTimeout > time.Minute {
+		return o, usageError("--freeze-timeout %v: want 100ms to 1m", f.freezeTimeout)
+	}
+	if f.freeze {
+		o.Freeze = f.freezeTimeout
+	}
+	return o, nil
 }
 
 func (f *captureFlags) options(a *app) (capture.Options, error) {
@@ -59,10 +85,6 @@ func (f *captureFlags) options(a *app) (capture.Options, error) {
 		Disks: capture.Disks(f.disks), DiskSpeedBytes: uint64(f.diskSpeed), DiskMemoryBytes: uint64(f.diskMem),
 		Progress: func(e capture.Event) { a.log.Debug(e.Step, "detail", e.Detail, "took", e.Took) },
 	}, nil
-}
-
-func (f *captureFlags) attach() agent.Options {
-	return agent.Options{Name: f.name, QMP: f.qmp, LeaveDisksOut: f.disks == string(capture.DisksNone)}
 }
 
 func newCheckpointCommand(a *app) *cobra.Command {
@@ -92,12 +114,16 @@ func runCheckpoint(c *cobra.Command, a *app, f *captureFlags, arg string) (err e
 	if err != nil {
 		return err
 	}
+	ao, err := f.attach()
+	if err != nil {
+		return err
+	}
 	ctx := c.Context()
 	st, err := store.Open(f.store)
 	if err != nil {
 		return err
 	}
-	v, err := agent.Attach(ctx, pid, f.attach())
+	v, err := agent.Attach(ctx, pid, ao)
 	if err != nil {
 		return err
 	}
@@ -155,6 +181,7 @@ type checkpointResult struct {
 	Disks         []diskView `json:"disks"`
 	DiskBytes     uint64     `json:"disk_bytes"` // written to volumes
 	DisksNS       int64      `json:"disks_ns"`   // of the pause
+	Notes         []string   `json:"notes"`      // what went wrong beside it
 }
 
 func (a *app) printCheckpoint(res *capture.Result) {
@@ -168,7 +195,10 @@ func (a *app) printCheckpoint(res *capture.Result) {
 		Faults: st.Faults, FaultP50NS: st.FaultP50NS, FaultP99NS: st.FaultP99NS, FaultMaxNS: st.FaultMaxNS,
 		RearmedRuns: st.FreezeRuns, TrackedFaults: st.TrackedFaults,
 		HugeBefore: st.HugeBefore, HugeSplit: st.HugeSplit, HugeCollapsed: st.HugeCollapsed,
-		Reason: res.Reason, Retaken: res.Retaken,
+		Reason: res.Reason, Retaken: res.Retaken, Notes: res.Notes,
+	}
+	if r.Notes == nil {
+		r.Notes = []string{}
 	}
 	r.Disks, r.DiskBytes, r.DisksNS = diskViews(m), m.Stats.DiskBytes, res.Timing.DisksNS
 	if r.Retaken == nil {
@@ -187,5 +217,8 @@ func (a *app) printCheckpoint(res *capture.Result) {
 	}
 	if r.Reason != "" {
 		fmt.Fprintf(a.out, "mode %s and not cow: %s\n", r.Mode, r.Reason)
+	}
+	for _, n := range r.Notes {
+		a.log.Warn(n)
 	}
 }

@@ -9,6 +9,7 @@ import (
 	"github.com/ckagent/ckagent/agent/capture"
 	"github.com/ckagent/ckagent/agent/capture/faultserver"
 	"github.com/ckagent/ckagent/agent/guardian"
+	"github.com/ckagent/ckagent/agent/guestagent"
 	"github.com/ckagent/ckagent/agent/problem"
 	"github.com/ckagent/ckagent/agent/vm/inject"
 	"github.com/ckagent/ckagent/restore"
@@ -29,6 +30,8 @@ func helperMain(args []string) (code int, ok bool) {
 		err = faultserver.Main(faultserver.Deps{Take: h.takeUserfaultfd, OpenControl: h.openBeat})
 	case guardian.Verb:
 		err = guardian.Main(ctx, args[1:])
+	case guestagent.GuardVerb:
+		err = guestagent.GuardMain(ctx, args[1:])
 	case pager.VerbWorker:
 		err = pager.Main(ctx, args[1:], restore.Openers())
 	case pager.VerbSupervisor:

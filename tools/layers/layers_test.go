@@ -22,7 +22,7 @@ const module = "github.com/ckagent/ckagent/"
 var layers = [][]string{
 	{"uffd", "bpf", "agent/problem", "agent/cgroup", "agent/heartbeat", "agent/procstat"},
 	{"agent/cmdline", "agent/image", "agent/libvirt"},
-	{"agent/qmp", "agent/vm/vmstate", "agent/vm/ramstream", "agent/vm/inject", "agent/doctor", "agent/capture/arena", "agent/capture/source"},
+	{"agent/qmp", "agent/guestagent", "agent/vm/vmstate", "agent/vm/ramstream", "agent/vm/inject", "agent/doctor", "agent/capture/arena", "agent/capture/source"},
 	{"agent/vm", "agent/store"},
 	{"agent/guardian", "agent/capture/faultserver", "agent/signals", "agent/export", "agent/ingest"},
 	{"agent/capture"},

@@ -22,7 +22,7 @@ type Set struct {
 	items   []*item
 	parents map[string]*store.Image
 	reqs    []*qmp.Request
-	inGraph bool  // something of ours may be in QEMU
+	inGraph bool // something of ours may be in QEMU
 }
 
 // item is one disk.

@@ -73,6 +73,8 @@ static void *work(void *arg) {
 	say("FILES ready dir=%s next=%llu checked=%llu bad=%llu", dir, (unsigned long long)next,
 	    (unsigned long long)checked, (unsigned long long)bad);
 	for (u64 n = next;; n++) {
+		while (ga_frozen)
+			sleep_until(mono_ns() + 5 * 1000000ull);
 		if (n >= first + RING)
 			verify(n, n - RING);
 		char tmp[128], path[128];

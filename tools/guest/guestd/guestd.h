@@ -58,6 +58,8 @@ void net_start(void);    // net.c
 void files_start(void);  // files.c
 void spin_start(void);   // spin.c
 void ws_start(void);     // ws.c
+void ga_start(void);     // ga.c
+extern _Atomic bool ga_frozen; // file systems are frozen: whoever writes files waits
 void ws_report(void);    // prints the WS line; called by the reporter
 void files_report(void);
 void net_report(void);

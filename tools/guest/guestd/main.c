@@ -210,6 +210,7 @@ int main(void) {
 	log_start();
 	ws_start();
 	spin_start();
+	ga_start();
 	say("READY mono_us=%llu", (unsigned long long)(mono_ns() / 1000));
 	spawn(reporter, NULL, "report");
 
