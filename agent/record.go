@@ -40,6 +40,9 @@ func recordMachine(p *vm.Process, m vm.Machine) (image.Machine, image.QEMU) {
 			out.Env = append(out.Env, image.EnvVar{Name: name, Value: value})
 		}
 	}
+	if f := m.CPU.Features.String(); f != "" {
+		out.Facts[image.FactCPU] = f
+	}
 	if m.Manager != "" {
 		out.Facts[image.FactManager] = m.Manager
 	}

@@ -25,6 +25,8 @@ type Options struct {
 	CloneID    string            // names a clone; made up if empty
 	AssumeDead bool              // the operator knows that the original is dead
 	Paused     bool              // leave the guest paused whatever it was
+	ForceCPU   bool              // restore although the CPU lacks what the guest uses
+	HostClock  bool              // set the guest's wall clock to the host's
 	Disks      DiskMode          // DisksCheckpoint if empty
 	DiskDir    string            // where the guest's disks are made; a new directory below DiskRoot if empty
 	// FlattenDisks makes the disks independent of the store once the guest runs.
@@ -104,6 +106,8 @@ type Result struct {
 	Faults             uint64        `json:"faults"`
 	Disks              []DiskResult  `json:"disks"`             // made for it; none where it uses the original images
 	FlatNS             int64         `json:"flat_ns,omitempty"` // command to the disks needing the store no longer
+	Clock              string        `json:"clock"`             // guest: goes on where it was; agent: set by the guest's agent; rtc: for the guest to read
+	ClockStepNS        int64         `json:"clock_step_ns"`     // by which the agent corrected it
 	Phases             []Phase       `json:"phases"`
 	Changes            []plan.Change `json:"changes"`
 	Notes              []string      `json:"notes"`

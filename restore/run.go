@@ -13,6 +13,7 @@ import (
 	"golang.org/x/sync/errgroup"
 
 	"github.com/ckagent/ckagent/agent/cgroup"
+	"github.com/ckagent/ckagent/agent/guestagent"
 	"github.com/ckagent/ckagent/agent/image"
 	"github.com/ckagent/ckagent/agent/problem"
 	"github.com/ckagent/ckagent/agent/qmp"
@@ -20,6 +21,7 @@ import (
 	"github.com/ckagent/ckagent/agent/vm/inject"
 	"github.com/ckagent/ckagent/agent/vm/vmstate"
 	"github.com/ckagent/ckagent/restore/liveness"
+	"github.com/ckagent/ckagent/restore/netid"
 	"github.com/ckagent/ckagent/restore/pager"
 	"github.com/ckagent/ckagent/restore/plan"
 )
@@ -44,7 +46,10 @@ type run struct {
 	q      *qemu
 	warm   *pager.Warm
 	pager  *pager.Process
-	older  bool // the QEMU to be started is older than the recorded one, and knows all there is
+	older  bool               // the QEMU to be started is older than the recorded one, and knows all there is
+	agent  guestagent.Channel // zero: nothing is wanted of the guest's agent
+
+	cpuNote string
 
 	madeDisks []atomic.Bool // by plan.Disks
 	madeDir   string        // for them
@@ -70,7 +75,7 @@ func newRun(r *image.Reader, source *pager.SourceSpec, began time.Time, o Option
 	o.nameDisks(m)
 	return &run{o: o, began: began, r: r, m: m, source: source, res: &Result{
 		Schema: Schema, ID: m.ID, VM: m.VM, Lazy: !o.Eager, Clone: o.CloneID,
-		RAMBytes: ramBytes(m), Disks: []DiskResult{}, Phases: []Phase{}, Changes: []plan.Change{}, Notes: []string{},
+		RAMBytes: ramBytes(m), Clock: clockGuest, Disks: []DiskResult{}, Phases: []Phase{}, Changes: []plan.Change{}, Notes: []string{},
 	}}
 }
 
@@ -121,6 +126,7 @@ func (x *run) do(ctx context.Context) (*Result, error) {
 	if err != nil {
 		return x.res, errors.Join(err, x.pager.Detach())
 	}
+	x.attend(ctx)
 	return x.res, x.drain(ctx)
 }
 
@@ -188,6 +194,12 @@ func (x *run) prepare(ctx context.Context) (err error) {
 	}
 	if err := preflight(ctx, p); err != nil {
 		return err
+	}
+	if err := x.checkClock(); err != nil {
+		return err
+	}
+	for _, c := range netid.Conflicts(p.NICs) {
+		x.note("%s", c)
 	}
 	if err := x.disks(ctx); err != nil {
 		return err
@@ -333,6 +345,7 @@ func (x *run) bringUp(ctx context.Context) error {
 	}
 	x.res.ResumeNS = end.Sub(ready).Nanoseconds()
 	x.res.CommandToRunningNS = end.Sub(x.began).Nanoseconds()
+	x.present(ctx, c)
 	if x.o.Detach {
 		if err := x.flatten(loadCtx, c); err != nil {
 			return leftAlone{err}
@@ -367,9 +380,13 @@ func (x *run) arm(ctx context.Context, c *qmp.Client, stream *feed, remote int) 
 	}
 	var g errgroup.Group
 	g.Go(func() error { return handFeed(ctx, c, stream) })
+	g.Go(func() error { return x.checkCPU(ctx, c) })
 	blocks, err := vm.ResolveLayout(ctx, q.proc, c, hints(x.m))
 	if herr := g.Wait(); err == nil {
 		err = herr
+	}
+	if problem.Is(err, problem.Refused) {
+		return err
 	}
 	if err != nil {
 		return q.failed(ctx, "prepare", err)

@@ -62,6 +62,7 @@ type CPUModel struct {
 	Model    string         `json:"model"`           // name of the expansion: "base" for a static one
 	Props    map[string]any `json:"props,omitempty"` // every feature
 	How      string         `json:"how"`             // static, full, or argument when QEMU does not expand
+	Features CPUFeatures    `json:"-"`               // what the guest sees of it
 }
 
 // describer is the state of one description.
@@ -264,6 +265,9 @@ func (t *Target) cpuModel(ctx context.Context, cpus []VCPU) (CPUModel, error) {
 	var err error
 	if m.Type, err = qomGet[string](ctx, t.QMP, cpus[0].QOMPath, "type"); err != nil {
 		return m, fmt.Errorf("vCPU type: %w", err)
+	}
+	if m.Features, err = ReadCPUFeatures(ctx, t.QMP, cpus[0].QOMPath); err != nil {
+		return m, err
 	}
 	name := cpuType.ReplaceAllString(m.Type, "")
 	m.Model, m.How = name, "argument"

@@ -32,6 +32,8 @@ type restoreOptions struct {
 	disks      string
 	diskDir    string
 	flatten    bool
+	forceCPU   bool
+	clock      string
 	rate       sizeValue
 }
 
@@ -57,6 +59,8 @@ func newRestoreCommand(a *app) *cobra.Command {
 	f.BoolVar(&o.clone, "clone", false, "make a second VM: new name, UUID and MACs, no network unless mapped")
 	f.BoolVar(&o.assumeDead, "assume-dead", false, "restore although the original may be alive; only if you know that it is not")
 	f.BoolVar(&o.paused, "paused", false, "leave the guest paused")
+	f.BoolVar(&o.forceCPU, "force-cpu", false, "restore although the CPU lacks what the guest uses")
+	f.StringVar(&o.clock, "clock", "guest", "guest: its clock goes on where it was; host: it is set to the host's")
 	f.BoolVar(&o.dryRun, "dry-run", false, "print the command line and what was changed in it, and do nothing")
 	f.StringVar(&o.disks, "disks", string(restore.DisksCheckpoint), "checkpoint: the disks as they were then, in new files; original: the original images, if nobody wrote to them since; as-is: whatever they hold now")
 	f.StringVar(&o.diskDir, "disk-dir", "", "where to make the disks (default: a new directory below "+restore.DiskRoot+")")
@@ -80,7 +84,10 @@ func splitArgs(c *cobra.Command, args []string) (ref string, extra []string, err
 func (o *restoreOptions) options(extra []string) (restore.Options, error) {
 	r := restore.Options{QMPPath: o.qmp, Extra: extra, Binary: o.binary, Eager: o.eager || !o.lazy, Detach: o.detach,
 		Clone: o.clone, AssumeDead: o.assumeDead, Paused: o.paused, BytesPerSecond: uint64(o.rate),
-		Secrets: map[string]string{}, FlattenDisks: o.flatten}
+		ForceCPU: o.forceCPU, HostClock: o.clock == "host", Secrets: map[string]string{}, FlattenDisks: o.flatten}
+	if o.clock != "guest" && o.clock != "host" {
+		return r, usageError("--clock %q: want guest or host", o.clock)
+	}
 	var err error
 	if r.Disks, err = restore.ParseDiskMode(o.disks); err != nil {
 		return r, err

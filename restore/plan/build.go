@@ -221,6 +221,11 @@ func (b *builder) finish() {
 	b.append("chardev", "socket,id="+ownQMP+",fd="+QMPFD+",server=on,wait=off")
 	b.append("mon", "chardev="+ownQMP+",mode=control")
 	b.append("incoming", "defer")
+	b.plan.Args = cmdline.Render(append(b.options(), cmdline.Option{Name: "S"}))
+}
+
+// options are the options as they stand now.
+func (b *builder) options() []cmdline.Option {
 	opts := make([]cmdline.Option, 0, len(b.opts)+1)
 	for _, e := range b.opts {
 		if e.kv != nil {
@@ -228,8 +233,7 @@ func (b *builder) finish() {
 		}
 		opts = append(opts, e.Option)
 	}
-	opts = append(opts, cmdline.Option{Name: "S"})
-	b.plan.Args = cmdline.Render(opts)
+	return opts
 }
 
 // --- helpers of all steps

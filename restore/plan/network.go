@@ -8,6 +8,7 @@ import (
 	"strings"
 
 	"github.com/ckagent/ckagent/agent/cmdline"
+	"github.com/ckagent/ckagent/restore/netid"
 )
 
 // network treats host networking. A recorded backend is used again as it was,
@@ -15,13 +16,31 @@ import (
 // networks are cut off from the host, any other becomes a hub with nothing else
 // on it, which every QEMU can do.
 func (b *builder) network() error {
+	before := netid.NICs(b.options())
+	if err := b.backends(); err != nil {
+		return err
+	}
+	for i, n := range netid.NICs(b.options()) {
+		if !n.Shared() || i >= len(before) {
+			continue
+		}
+		n.MAC = before[i].MAC // the running guest goes on with the one its driver read
+		b.plan.NICs = append(b.plan.NICs, n)
+	}
+	return nil
+}
+
+// backends rewrites the network's backends, and a clone's cards.
+func (b *builder) backends() error {
 	hub := 0x636b00 // far from the small numbers that command lines use
 	for e := range b.named("netdev") {
 		id := e.get("id")
 		if spec, ok := b.maps.netdev(id); ok {
 			if spec == "none" {
-				spec = "hubport,hubid=" + strconv.Itoa(hub)
-				hub++
+				if err := b.isolate(e, &hub); err != nil {
+					return err
+				}
+				continue
 			}
 			kv, err := cmdline.ParseKeyVal(spec, "type")
 			if err != nil || strings.HasPrefix(spec, "{") {
@@ -32,7 +51,7 @@ func (b *builder) network() error {
 			e.kv = kv
 			continue
 		}
-		if b.opt.CloneID != "" {
+		if b.opt.CloneID != "" && !e.mapped["ifname"] && !e.mapped["br"] {
 			if err := b.isolate(e, &hub); err != nil {
 				return err
 			}
@@ -80,11 +99,17 @@ func (b *builder) network() error {
 				keep[key] = v
 			}
 		}
-		kv, _ := cmdline.ParseKeyVal("user", "type")
+		kv, _ := cmdline.ParseKeyVal("user,restrict=on", "type")
+		if b.needsTap(e, "") {
+			if b.rec.UID != 0 {
+				return b.refuse("-nic "+e.Value, "without a network it needs a tap of its own, which uid %d may not make", b.rec.UID).
+					WithHint("name the network in the VM's command line with -netdev and -device; -nic cannot be mapped")
+			}
+			kv, _ = cmdline.ParseKeyVal("tap,script=no,downscript=no", "type")
+		}
 		for _, key := range slices.Sorted(mapKeys(keep)) {
 			kv.Set(key, keep[key])
 		}
-		kv.Set("restrict", "on")
 		e.kv = kv
 		if e.Name == "nic" {
 			b.setMAC(e, "mac", keep["id"]+keep["model"])
@@ -99,24 +124,57 @@ func (b *builder) network() error {
 	return nil
 }
 
-// isolate cuts a clone's netdev off from the host and from the original.
+// isolate cuts a netdev off from the host and from the original.
 func (b *builder) isolate(e *entry, hub *int) error {
 	id := e.get("id")
-	if q := e.get("queues"); q != "" && q != "1" || e.get("fds") != "" {
+	queues := e.get("queues")
+	switch {
+	case b.needsTap(e, id):
+		// Its offloads are part of the device state, and only a tap has them. This
+		// one is up for nobody and connected to nothing.
+		if b.rec.UID != 0 {
+			return b.refuse("netdev "+id, "without a network it needs a tap of its own, which uid %d may not make", b.rec.UID).
+				WithHint("make one for that user and map it: --map netdev:%s=tap,ifname=NAME,script=no,downscript=no", id)
+		}
+		e.kv, _ = cmdline.ParseKeyVal("tap,id="+cmdline.Escape(id)+",script=no,downscript=no", "type")
+		if queues != "" {
+			e.kv.Set("queues", queues)
+		}
+	case queues != "" && queues != "1" || e.get("fds") != "":
 		return b.refuse("netdev "+id, "it has several queues, which no isolated network offers").
 			WithHint("map it: --map netdev:%s=tap,ifname=NAME,queues=N,script=no,downscript=no", id)
-	}
-	if e.get("type") == "user" {
+	case e.get("type") == "user":
 		for _, key := range []string{"hostfwd", "guestfwd", "smb", "tftp", "bootfile"} {
 			e.kv.Delete(key)
 		}
 		e.kv.SetBool("restrict", true)
-	} else {
+	default:
 		e.kv, _ = cmdline.ParseKeyVal("hubport,id="+cmdline.Escape(id)+",hubid="+strconv.Itoa(*hub), "type")
 		*hub++
 	}
-	b.change("-netdev "+e.kv.String(), "a clone has no network unless mapped: --map netdev:"+id+"=BACKEND")
+	why := "no network was asked for"
+	if b.opt.CloneID != "" {
+		why = "a clone has no network unless mapped: --map netdev:" + id + "=BACKEND"
+	}
+	b.change("-netdev "+e.kv.String(), why)
 	return nil
+}
+
+// needsTap reports whether a card on this backend was saved with a tap's offloads
+// (virtio-net's vnet_hdr) and cannot be loaded without.
+func (b *builder) needsTap(e *entry, id string) bool {
+	if t := e.get("type"); t != "tap" && t != "bridge" || e.get("vnet_hdr") == "off" {
+		return false
+	}
+	if e.Name == "nic" {
+		return strings.HasPrefix(e.get("model"), "virtio")
+	}
+	for d := range b.named("device") {
+		if d.get("netdev") == id && strings.HasPrefix(d.get("driver"), "virtio-net") {
+			return true
+		}
+	}
+	return false
 }
 
 // setMAC gives a clone's card an address of its own. The running guest goes on

@@ -1,5 +1,7 @@
 package plan
 
+import "github.com/ckagent/ckagent/restore/netid"
+
 // Recorded is what a checkpoint says about the VM: the part of the manifest that
 // a plan needs.
 type Recorded struct {
@@ -97,7 +99,8 @@ type Plan struct {
 	Listen  []Socket `json:"listen"`
 	Copies  []Copy   `json:"copies,omitempty"`
 	// Disks are the files to be made for Recorded.Disks, in their order.
-	Disks []DiskFile `json:"disks,omitempty"`
+	Disks []DiskFile  `json:"disks,omitempty"`
+	NICs  []netid.NIC `json:"nics,omitempty"` // on networks with others
 
 	// Identity of the original, for the search for a process that still runs it.
 	OldName  string   `json:"-"`

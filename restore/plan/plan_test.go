@@ -9,6 +9,7 @@ import (
 
 	"github.com/ckagent/ckagent/agent/image"
 	"github.com/ckagent/ckagent/agent/problem"
+	"github.com/ckagent/ckagent/restore/netid"
 )
 
 const runDir = "/run/ckagent/restored/vm-1"
@@ -124,7 +125,12 @@ func TestMap(t *testing.T) {
 		{"forwarded port", "-netdev user,id=n,hostfwd=tcp:127.0.0.1:2222-:22,hostfwd=tcp::22-:2222", []string{"2222=2223"}, "-netdev user,id=n,hostfwd=tcp:127.0.0.1:2223-:22,hostfwd=tcp::22-:2222"},
 		{"VNC display", "-vnc :1,share=ignore", []string{"5901=5902"}, "-vnc :2,share=ignore"},
 		{"netdev", "-netdev tap,id=n,fd=33,vhost=on -device virtio-net-pci,netdev=n", []string{"netdev:n=tap,ifname=t0,script=no"}, "-netdev tap,ifname=t0,script=no,id=n -device virtio-net-pci,netdev=n"},
-		{"no netdev", "-netdev tap,id=n,fd=33", []string{"netdev:n=none"}, "-netdev hubport,hubid=6515456,id=n"},
+		{"no netdev", "-netdev tap,id=n,fd=33", []string{"netdev:n=none"}, "-netdev hubport,id=n,hubid=6515456"},
+		{"no netdev for a card with offloads", "-netdev tap,id=n,queues=2,fds=3:4 -device virtio-net-pci,netdev=n,mq=on", []string{"netdev:n=none"},
+			"-netdev tap,id=n,script=no,downscript=no,queues=2 -device virtio-net-pci,netdev=n,mq=on"},
+		{"no netdev instead of a user network", "-netdev user,id=n,hostfwd=tcp::22-:2222", []string{"netdev:n=none"}, "-netdev user,id=n,restrict=on"},
+		{"tap", "-netdev tap,id=n,ifname=tap0,script=no -device e1000,netdev=n", []string{"tap0=tap7"}, "-netdev tap,id=n,ifname=tap7,script=no -device e1000,netdev=n"},
+		{"bridge", "-netdev bridge,id=n,br=lan -device e1000,netdev=n", []string{"lan=dmz"}, "-netdev bridge,id=n,br=dmz -device e1000,netdev=n"},
 		{"descriptor set", "-add-fd fd=3,set=2 -drive file=/dev/fdset/2,readonly=on", []string{"/dev/fdset/2=/d"}, "-drive file=/d,readonly=on"},
 	} {
 		t.Run(c.name, func(t *testing.T) {
@@ -145,7 +151,7 @@ func TestClone(t *testing.T) {
 	p, got := build(t, rec, Options{CloneID: "k7"})
 	args := strings.Join(got, " ")
 	for _, want := range []string{
-		"-name web-clone-k7,debug-threads=on ", "-netdev hubport,id=n0,hubid=6515456 ", "-netdev user,id=n1,restrict=on ",
+		"-name web-clone-k7,debug-threads=on ", "-netdev tap,id=n0,script=no,downscript=no ", "-netdev user,id=n1,restrict=on ",
 		"-qmp unix:" + runDir + "/qmp.sock,server=on,wait=off ", "path=" + runDir + "/serial.log,append=on", "-vnc unix:" + runDir + "/vnc.sock ",
 		"file=/fw/code.fd,readonly=on ", "file=" + runDir + "/pflash-vars.fd",
 	} {
@@ -308,4 +314,26 @@ func FuzzBuild(f *testing.F) {
 			t.Fatalf("the plan cannot be planned again: %v", err)
 		}
 	})
+}
+
+// TestNICs: a plan tells which addresses are on networks with others.
+func TestNICs(t *testing.T) {
+	rec := recorded(words("-machine pc-q35-7.2 -netdev tap,id=n0,ifname=t0,script=no -device virtio-net-pci,netdev=n0,mac=52:54:00:AB:00:01 " +
+		"-netdev user,id=n1 -device e1000,netdev=n1 -netdev bridge,id=n2,br=lan -device e1000,netdev=n2")...)
+	p, _ := build(t, rec, Options{})
+	want := []netid.NIC{{MAC: "52:54:00:ab:00:01", Netdev: "n0", Type: "tap", Ifname: "t0", Alone: true},
+		{MAC: "52:54:00:12:34:57", Netdev: "n2", Type: "bridge", Bridge: "lan"}}
+	if !slices.Equal(p.NICs, want) {
+		t.Errorf("got  %+v\nwant %+v", p.NICs, want)
+	}
+	// A clone's running guest goes by the original's address wherever it is put.
+	p, args := build(t, rec, Options{CloneID: "k7", Map: maps(t, "t0=t1")})
+	want = []netid.NIC{{MAC: "52:54:00:ab:00:01", Netdev: "n0", Type: "tap", Ifname: "t1", Alone: true}}
+	if !slices.Equal(p.NICs, want) || strings.Contains(strings.Join(args, " "), "52:54:00:AB") {
+		t.Errorf("got  %+v of %q\nwant %+v", p.NICs, args, want)
+	}
+	rec.UID = 107
+	if _, err := Build(rec, Options{CloneID: "k7", RunDir: runDir}); !problem.Is(err, problem.Refused) {
+		t.Errorf("a clone whose card needs a tap that its user may not make: %v", err)
+	}
 }

@@ -26,8 +26,9 @@ var guestText = map[string][]string{
 	"smbios": {"file"}, "fw_cfg": {"file"},
 }
 
-// Keys that hold a path even when it has no slash.
+// Keys that hold a path even when it has no slash, or the name of an interface.
 var pathKeys = map[string]bool{
+	"ifname": true, "br": true,
 	"file": true, "filename": true, "path": true, "mem-path": true, "romfile": true,
 	"file.filename": true, "logfile": true, "dir": true, "backing.file.filename": true,
 }

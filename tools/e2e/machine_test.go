@@ -56,12 +56,28 @@ func wantRunning(t testing.TB, v *vmtest.VM) {
 // restore brings a checkpoint back, drained, and adopts the machine.
 func (x *tool) restore(t testing.TB, ref, serial string, args ...string) (restored, *vmtest.VM) {
 	t.Helper()
+	return x.restoreWith(t, ref, serial, args)
+}
+
+// restoreWith is restore with more arguments for QEMU.
+func (x *tool) restoreWith(t testing.TB, ref, serial string, args []string, qemu ...string) (restored, *vmtest.VM) {
+	t.Helper()
 	from := int64(0)
 	if st, err := os.Stat(serial); err == nil {
 		from = st.Size()
 	}
 	var r restored
-	x.json(t, &r, append([]string{"restore", ref, "--store", x.store}, args...)...)
+	args = append([]string{"restore", ref, "--store", x.store, "--json"}, args...)
+	if len(qemu) > 0 {
+		args = append(append(args, "--"), qemu...)
+	}
+	out := x.run(t, args...)
+	if out.code != exitOK {
+		t.Fatalf("want success: %s", out)
+	}
+	if err := oneObject(out.out, &r); err != nil {
+		t.Fatalf("%v: %s", err, out)
+	}
 	t.Cleanup(func() { removeLater(r) }) // comes after the machine was killed
 	v := vmtest.StartAdopted(t, r.QEMUPID, r.QMP, serial, from)
 	if r.ReadyNS <= 0 || r.RunningNS < r.ReadyNS || r.ResumeNS < 0 {

@@ -40,6 +40,7 @@ const runTimeout = 3 * time.Minute
 type tool struct {
 	bin   string
 	store string
+	netns string // that it runs in; "": ours
 }
 
 // newTool links the binary into a directory of the test. Its processes must be
@@ -63,7 +64,11 @@ func newTool(t testing.TB) *tool {
 
 // command is ckagent, ready to start, in a process group of its own.
 func (x *tool) command(ctx context.Context, args ...string) *exec.Cmd {
-	c := exec.CommandContext(ctx, x.bin, args...)
+	argv := append([]string{x.bin}, args...)
+	if x.netns != "" {
+		argv = append([]string{"ip", "netns", "exec", x.netns}, argv...)
+	}
+	c := exec.CommandContext(ctx, argv[0], argv[1:]...)
 	c.SysProcAttr = &syscall.SysProcAttr{Setpgid: true}
 	c.WaitDelay = 10 * time.Second
 	return c
@@ -155,7 +160,7 @@ func failureOf(r result) (failure, error) {
 // the words.
 func (x *tool) fails(t testing.TB, code int, words []string, args ...string) failure {
 	t.Helper()
-	return wantFailure(t, x.run(t, append(args, "--json")...), code, words...)
+	return wantFailure(t, x.run(t, append([]string{"--json"}, args...)...), code, words...)
 }
 
 // wantFailure checks exit code, JSON object and text of a failed verb.
@@ -207,6 +212,7 @@ type checkpoint struct {
 	Faults        uint64   `json:"faults"`
 	FaultP50NS    int64    `json:"fault_p50_ns"`
 	Retaken       []string `json:"retaken"`
+	Notes         []string `json:"notes"`
 }
 
 // checkpoint takes one that must succeed. On a machine that is so busy that our
@@ -243,23 +249,25 @@ func (r result) givenUp() bool { return strings.Contains(r.err, "no sign of life
 
 // restored is what a restore reports.
 type restored struct {
-	ID         string   `json:"id"`
-	VM         string   `json:"vm"`
-	Name       string   `json:"name"`
-	QEMUPID    int      `json:"qemu_pid"`
-	QMP        string   `json:"qmp"`
-	RunDir     string   `json:"run_dir"`
-	Lazy       bool     `json:"lazy"`
-	Paused     bool     `json:"paused"`
-	RAMBytes   uint64   `json:"ram_bytes"`
-	LazyBytes  uint64   `json:"lazy_bytes"`
-	ReadyNS    int64    `json:"ready_ns"`
-	ResumeNS   int64    `json:"resume_ns"`
-	RunningNS  int64    `json:"command_to_running_ns"`
-	DrainedNS  int64    `json:"drained_ns"`
-	Faults     uint64   `json:"faults"`
-	Notes      []string `json:"notes"`
-	ChangesRaw []any    `json:"changes"`
+	ID          string   `json:"id"`
+	VM          string   `json:"vm"`
+	Name        string   `json:"name"`
+	QEMUPID     int      `json:"qemu_pid"`
+	QMP         string   `json:"qmp"`
+	RunDir      string   `json:"run_dir"`
+	Lazy        bool     `json:"lazy"`
+	Paused      bool     `json:"paused"`
+	RAMBytes    uint64   `json:"ram_bytes"`
+	LazyBytes   uint64   `json:"lazy_bytes"`
+	ReadyNS     int64    `json:"ready_ns"`
+	ResumeNS    int64    `json:"resume_ns"`
+	RunningNS   int64    `json:"command_to_running_ns"`
+	DrainedNS   int64    `json:"drained_ns"`
+	Faults      uint64   `json:"faults"`
+	Notes       []string `json:"notes"`
+	Clock       string   `json:"clock"`
+	ClockStepNS int64    `json:"clock_step_ns"`
+	ChangesRaw  []any    `json:"changes"`
 }
 
 // listed is one line of ls.
