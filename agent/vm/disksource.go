@@ -42,7 +42,7 @@ func (t *Target) DiskSources(ctx context.Context) ([]DiskSource, []Refusal, erro
 	}
 	var out []DiskSource
 	for _, s := range sources {
-		out = append(out, DiskSource{s, *find(s.Devices[0])})
+		out = append(out, DiskSource{s, *find(s.Device)})
 	}
 	if len(out) > 0 && !t.Version.AtLeast(7, 1) {
 		refused = append(refused, Refusal{Code: "qemu-version", Object: out[0].Drive.Name,

@@ -182,10 +182,8 @@ func (s *Set) encode() ([]*qmp.Request, error) {
 		if err := add("blockdev-add", args); err != nil {
 			return nil, err
 		}
-		for _, path := range d.src.Devices {
-			if err := add("qom-set", map[string]any{"path": path, "property": "drive", "value": disk.FilterNode(d.n)}); err != nil {
-				return nil, err
-			}
+		if err := add("qom-set", map[string]any{"path": d.src.Device, "property": "drive", "value": disk.FilterNode(d.n)}); err != nil {
+			return nil, err
 		}
 	}
 	return out, nil

@@ -6,14 +6,14 @@ import (
 	"strings"
 )
 
-// Source is one medium that a checkpoint has to hold. Several devices may share it.
+// Source is one medium that a checkpoint has to hold.
 type Source struct {
-	Root    string   // top node, which devices write to and which has the bitmap
-	Devices []string // QOM paths of the devices
-	Format  string   // driver of the image
-	Path    string   // its name
-	Bytes   uint64   // size that the guest sees
-	Used    uint64   // allocated by the image and those under it, an upper guess for a copy
+	Root    string // top node, which the device writes to and which has the bitmap
+	Device  string // QOM path of the device
+	Format  string // driver of the image
+	Path    string // its name
+	Bytes   uint64 // size that the guest sees
+	Used    uint64 // allocated by the image and those under it, an upper guess for a copy
 	Bitmaps []Bitmap
 }
 
@@ -34,7 +34,8 @@ func (g *Graph) Sources() ([]Source, []Refusal) {
 			continue // nothing in it, not written, or used by nobody
 		}
 		if k := slices.IndexFunc(out, func(s Source) bool { return s.Root == d.Root }); k >= 0 {
-			out[k].Devices = append(out[k].Devices, d.QOMPath)
+			// One cannot be given the filter before the other.
+			refused = append(refused, Refusal{"disk-shared", out[k].Device, d.QOMPath + " writes to the same node " + d.Root, "detach one of the two"})
 			continue
 		}
 		s, why := g.source(d)
@@ -62,7 +63,7 @@ func (g *Graph) source(d *Drive) (Source, *Refusal) {
 			return Source{}, &Refusal{"block-graph", root.Name, "there is nothing under its filter", "try again"}
 		}
 	}
-	s := Source{Root: root.Name, Devices: []string{d.QOMPath}, Format: image.Driver, Path: image.Path(),
+	s := Source{Root: root.Name, Device: d.QOMPath, Format: image.Driver, Path: image.Path(),
 		Bytes: root.Image.VirtualSize, Bitmaps: root.Bitmaps}
 	for _, n := range g.Below(root.Name) {
 		s.Used += n.Image.ActualSize
