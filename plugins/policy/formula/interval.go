@@ -1,0 +1,126 @@
+package formula
+
+import "math"
+
+// Young is the interval of J. W. Young, "A first order approximation to the optimum
+// checkpoint interval", CACM 17(9), 1974: sqrt(2 cost mtbf). cost is the work a
+// checkpoint takes away, mtbf the mean time between failures, both in seconds.
+func Young(cost, mtbf float64) float64 { return math.Sqrt(2 * max(cost, 0) * max(mtbf, 0)) }
+
+// Daly is the interval of J. T. Daly, "A higher order estimate of the optimum
+// checkpoint interval for restart dumps", FGCS 22(3), 2006. In seconds; mtbf where a
+// checkpoint costs twice that or more.
+func Daly(cost, mtbf float64) float64 {
+	cost, mtbf = max(cost, 0), max(mtbf, 0)
+	if cost >= 2*mtbf {
+		return mtbf
+	}
+	x := cost / (2 * mtbf)
+	return math.Sqrt(2*cost*mtbf)*(1+math.Sqrt(x)/3+x/9) - cost
+}
+
+// Curve is the dirty-rate curve G(T) = Pages (1 - exp(-T / Tau)): how many distinct
+// pages are written within T seconds.
+type Curve struct {
+	Pages float64 // what is written again and again, at most
+	Tau   float64 // seconds
+}
+
+// Dirty is G(seconds).
+func (c Curve) Dirty(seconds float64) float64 {
+	if c.Pages <= 0 || seconds <= 0 {
+		return 0
+	}
+	if c.Tau <= 0 {
+		return c.Pages
+	}
+	return c.Pages * -math.Expm1(-seconds/c.Tau)
+}
+
+// Until is the time in which so many distinct pages are written; +Inf if never.
+func (c Curve) Until(pages float64) float64 {
+	switch {
+	case pages <= 0:
+		return 0
+	case pages >= c.Pages:
+		return math.Inf(1)
+	}
+	return max(c.Tau, 0) * -math.Log1p(-pages/c.Pages)
+}
+
+// Bandwidth is the least interval at which what was written in it can be stored
+// before the next: T >= G(T) bytesPerPage / bytesPerSecond. 0 if any can, +Inf
+// without bandwidth.
+func Bandwidth(c Curve, bytesPerPage, bytesPerSecond float64) float64 {
+	if c.Pages <= 0 || bytesPerPage <= 0 {
+		return 0
+	}
+	if bytesPerSecond <= 0 {
+		return math.Inf(1)
+	}
+	k := bytesPerPage / bytesPerSecond // seconds per page
+	if c.Tau > 0 && c.Pages*k/c.Tau <= 1 {
+		return 0 // G is concave: it never outruns the store
+	}
+	low, high := 0.0, c.Pages*k // G(T) k <= high for every T
+	for range 64 {
+		if mid := (low + high) / 2; c.Dirty(mid)*k > mid {
+			low = mid
+		} else {
+			high = mid
+		}
+	}
+	return high
+}
+
+// OverheadCap is the next interval of a controller that keeps the share of time a
+// guest is paused at target: it grows with the share seen, by a factor of 2 at most.
+func OverheadCap(interval, share, target float64) float64 {
+	if target <= 0 || interval <= 0 {
+		return interval
+	}
+	return interval * min(max(share/target, 0.5), 2)
+}
+
+// Cost is what checkpoints every T seconds cost per second, in seconds of the guest's
+// work: (Fixed + PerPage G(T)) / T + FailureRate Weight (T/2 + Commit).
+type Cost struct {
+	Curve       Curve
+	Fixed       float64 // seconds a checkpoint takes away whatever was written
+	PerPage     float64 // seconds more per page written
+	FailureRate float64 // per second
+	Weight      float64 // of a second lost to a failure against one lost to checkpoints
+	Commit      float64 // seconds from the instant until the checkpoint counts
+}
+
+// At is the cost of an interval.
+func (c Cost) At(seconds float64) float64 {
+	return (c.Fixed+c.PerPage*c.Curve.Dirty(seconds))/seconds + c.FailureRate*c.Weight*(seconds/2+c.Commit)
+}
+
+// Least is the interval between the bounds that costs least. The cost may have more
+// than one valley: it is looked for on a grid of ratios first.
+func (c Cost) Least(shortest, longest float64) float64 {
+	if shortest <= 0 || longest <= shortest {
+		return shortest
+	}
+	const steps = 256
+	ratio := math.Pow(longest/shortest, 1.0/steps)
+	best, at := c.At(shortest), shortest
+	for i, t := 1, shortest; i <= steps; i++ {
+		t *= ratio
+		if cost := c.At(t); cost < best {
+			best, at = cost, t
+		}
+	}
+	low, high := max(shortest, at/ratio), min(longest, at*ratio)
+	for range 48 {
+		a, b := low+(high-low)*0.382, low+(high-low)*0.618
+		if c.At(a) < c.At(b) {
+			high = b
+		} else {
+			low = a
+		}
+	}
+	return (low + high) / 2
+}

@@ -1,0 +1,71 @@
+package formula
+
+import (
+	"math"
+	"testing"
+)
+
+func near(t *testing.T, what string, got, want, tolerance float64) {
+	t.Helper()
+	if math.Abs(got-want) > tolerance {
+		t.Errorf("%s: %v, want %v", what, got, want)
+	}
+}
+
+func TestDaly(t *testing.T) {
+	const minute = 60
+	near(t, "24 h", Daly(5*minute, 24*60*minute)/minute, 116.7, 0.05)
+	near(t, "6 h", Daly(5*minute, 6*60*minute)/minute, 56.7, 0.05)
+	near(t, "15 min", Daly(5*minute, 15*minute)/minute, 9.14, 0.005)
+	near(t, "more than it saves", Daly(100, 30), 30, 0)
+	near(t, "no failures known", Daly(5, 0), 0, 0)
+	if y, d := Young(300, 86400), Daly(300, 86400); d >= y {
+		t.Errorf("Daly %v is to be shorter than Young %v here", d, y)
+	}
+}
+
+func TestCurve(t *testing.T) {
+	c := Curve{Pages: 10000, Tau: 20}
+	for _, s := range []float64{0.1, 1, 20, 100} {
+		near(t, "there and back", c.Until(c.Dirty(s)), s, 1e-6*s)
+	}
+	if !math.IsInf(c.Until(10000), 1) || c.Dirty(0) != 0 || c.Dirty(-1) != 0 || (Curve{Pages: 5}).Dirty(1) != 5 {
+		t.Error("limits")
+	}
+}
+
+func TestBandwidth(t *testing.T) {
+	c := Curve{Pages: 100000, Tau: 10} // 10,000 pages/s at first
+	if got := Bandwidth(c, 4096, 100e6); got != 0 {
+		t.Errorf("a store that is always quicker: %v", got)
+	}
+	got := Bandwidth(c, 4096, 20e6) // 4,883 pages/s
+	near(t, "the store just keeps up", c.Dirty(got)*4096/20e6, got, 1e-6*got)
+	if c.Dirty(got*0.9)*4096/20e6 <= got*0.9 || got < 1 {
+		t.Errorf("%v is not the least", got)
+	}
+	if !math.IsInf(Bandwidth(c, 4096, 0), 1) {
+		t.Error("no bandwidth")
+	}
+}
+
+func TestOverheadCap(t *testing.T) {
+	near(t, "twice too much", OverheadCap(10, 0.02, 0.01), 20, 0)
+	near(t, "ten times", OverheadCap(10, 0.1, 0.01), 20, 0)
+	near(t, "none", OverheadCap(10, 0, 0.01), 5, 0)
+	near(t, "as wanted", OverheadCap(10, 0.01, 0.01), 10, 0)
+}
+
+// TestLeast: without anything that follows what was written it is Young's.
+func TestLeast(t *testing.T) {
+	c := Cost{Fixed: 0.5, FailureRate: 1.0 / 86400, Weight: 1}
+	near(t, "Young", c.Least(1, 1e5), Young(0.5, 86400), 0.5)
+	c.Curve, c.PerPage = Curve{Pages: 1e6, Tau: 100}, 1e-5
+	best := c.Least(1, 1e5)
+	for s := 1.0; s < 1e5; s *= 1.1 {
+		if c.At(s) < c.At(best)*0.999 {
+			t.Errorf("%v s costs %v, %v s costs %v", s, c.At(s), best, c.At(best))
+		}
+	}
+	near(t, "never below the bound", c.Least(500, 1e5), max(500, c.Least(500, 1e5)), 0)
+}
