@@ -27,6 +27,7 @@ var layers = [][]string{
 	{"agent/guardian", "agent/capture/faultserver", "agent/signals", "agent/export", "agent/ingest"},
 	{"agent/capture"},
 	{"agent"},
+	{"plugins/policy"},
 	{"plugins"},
 	{"restore"},
 	{"tools"},
