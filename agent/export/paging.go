@@ -41,14 +41,39 @@ var errPageTables = errors.New("its page tables are larger than can be followed"
 // mappings follows the page tables of every vCPU. Where two vCPUs see different
 // memory at one address, the first one's counts.
 func (x *exporter) mappings(mem []physRange, cpus []vmstate.CPU) ([]mapping, error) {
-	w := &walker{x: x, mem: mem}
+	w := &walker{mem: mem, load: x.tablePage}
+	found, err := w.all(cpus)
+	switch {
+	case errors.Is(err, errPageTables):
+		return nil, x.refuse("%w", err).WithHint("export without --paging")
+	case err != nil:
+		return nil, err
+	case len(found) == 0:
+		return nil, x.refuse("none of its vCPUs had paging on").WithHint("export without --paging: addresses are physical ones then")
+	}
+	return found, nil
+}
+
+// tablePage reads the page of a range that holds an offset into its block.
+func (x *exporter) tablePage(r physRange, offset uint64) ([]byte, error) {
+	if err := x.ctx.Err(); err != nil {
+		return nil, err
+	}
+	b := &x.m.Blocks[r.block]
+	page := make([]byte, b.PageBytes)
+	if _, err := x.r.ReadPage(r.block, offset/b.PageBytes, page); err != nil {
+		return nil, err
+	}
+	in := offset % b.PageBytes &^ (pageBytes - 1)
+	return page[in : in+pageBytes], nil
+}
+
+// all walks for every vCPU and puts what was found in order.
+func (w *walker) all(cpus []vmstate.CPU) ([]mapping, error) {
 	for _, c := range cpus {
 		if err := w.cpu(c); err != nil {
 			return nil, err
 		}
-	}
-	if len(w.found) == 0 {
-		return nil, x.refuse("none of its vCPUs had paging on").WithHint("export without --paging: addresses are physical ones then")
 	}
 	// Stable: the first vCPU comes first at equal addresses.
 	slices.SortStableFunc(w.found, func(a, b mapping) int { return cmp.Compare(a.virt, b.virt) })
@@ -72,8 +97,8 @@ func (x *exporter) mappings(mem []physRange, cpus []vmstate.CPU) ([]mapping, err
 
 // walker is the state of one walk through page tables.
 type walker struct {
-	x      *exporter
 	mem    []physRange
+	load   func(r physRange, offset uint64) ([]byte, error)
 	tables int
 	roots  []uint64 // CR3 of vCPUs done
 	found  []mapping
@@ -177,24 +202,15 @@ func (w *walker) legacy(at uint64, large bool) error {
 // there is none.
 func (w *walker) read(gpa uint64) ([]byte, bool, error) {
 	if w.tables++; w.tables > maxTables {
-		return nil, false, w.x.refuse("%w", errPageTables).WithHint("export without --paging")
-	}
-	if err := w.x.ctx.Err(); err != nil {
-		return nil, false, err
+		return nil, false, errPageTables
 	}
 	i := w.at(gpa)
 	if i < 0 {
 		return nil, false, nil
 	}
 	r := w.mem[i]
-	b := &w.x.m.Blocks[r.block]
-	off := r.offset + gpa - r.gpa
-	page := make([]byte, b.PageBytes)
-	if _, err := w.x.r.ReadPage(r.block, off/b.PageBytes, page); err != nil {
-		return nil, false, err
-	}
-	in := off % b.PageBytes &^ (pageBytes - 1)
-	return page[in : in+pageBytes], true, nil
+	page, err := w.load(r, r.offset+gpa-r.gpa)
+	return page, err == nil, err
 }
 
 // at finds the range that holds an address; -1 if none does.
@@ -219,7 +235,7 @@ func (w *walker) add(virt, phys, bytes uint64) error {
 			}
 		}
 		if len(w.found) == maxMappings {
-			return w.x.refuse("%w", errPageTables).WithHint("export without --paging")
+			return errPageTables
 		}
 		w.found = append(w.found, m)
 	}

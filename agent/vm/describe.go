@@ -328,8 +328,10 @@ const (
 )
 
 // manager says who started the VM, by marks its command line carries.
-func (t *Target) manager() string {
-	for _, o := range t.Options {
+func (t *Target) manager() string { return managerOf(t.Options) }
+
+func managerOf(opts []cmdline.Option) string {
+	for _, o := range opts {
 		switch {
 		case o.Name == "object" && strings.Contains(o.Value, "/var/lib/libvirt/"),
 			o.Name == "object" && strings.Contains(o.Value, "masterKey0"),

@@ -167,14 +167,6 @@ func (o *exportOptions) print(a *app, m *image.Manifest) error {
 	return nil
 }
 
-func shellLine(argv []string) string {
-	words := make([]string, len(argv))
-	for i, w := range argv {
-		words[i] = shellQuote(w)
-	}
-	return strings.Join(words, " ")
-}
-
 // report says what was written, where it does not get into the data's way.
 func (o *exportOptions) report(a *app, w io.Writer, m *image.Manifest, sum *export.Summary) error {
 	v := exportView{Schema: schema("export"), Summary: sum}

@@ -88,7 +88,7 @@ func newRootCommand(a *app) *cobra.Command {
 		newLsCommand(a), newInspectCommand(a), newVerifyCommand(a),
 		newRmCommand(a), newGCCommand(a), newPinCommand(a), newUnpinCommand(a),
 		newRestoreCommand(a), newPageCommand(a),
-		newExportCommand(a),
+		newExportCommand(a), newImportCommand(a),
 		newDemoCommand(a), newVersionCommand(a),
 	)
 	return root

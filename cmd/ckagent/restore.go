@@ -69,14 +69,14 @@ func newRestoreCommand(a *app) *cobra.Command {
 	return c
 }
 
-// splitArgs separates the reference from QEMU's arguments after "--".
-func splitArgs(c *cobra.Command, args []string) (ref string, extra []string, err error) {
+// splitArgs separates what a verb is about from QEMU's arguments after "--".
+func splitArgs(c *cobra.Command, args []string, what string) (ref string, extra []string, err error) {
 	n := len(args)
 	if at := c.ArgsLenAtDash(); at >= 0 {
 		n, extra = at, args[at:]
 	}
 	if n != 1 {
-		return "", nil, usageError("want a checkpoint or a VM, got %d arguments", n)
+		return "", nil, usageError("want %s, got %d arguments", what, n)
 	}
 	return args[0], extra, nil
 }
@@ -116,7 +116,7 @@ func (o *restoreOptions) options(extra []string) (restore.Options, error) {
 }
 
 func runRestore(c *cobra.Command, a *app, o *restoreOptions, args []string) error {
-	ref, extra, err := splitArgs(c, args)
+	ref, extra, err := splitArgs(c, args, "a checkpoint or a VM")
 	if err != nil {
 		return err
 	}
@@ -206,13 +206,4 @@ func runRestoreDry(c *cobra.Command, a *app, st *store.Store, ref string, ro res
 	}
 	fmt.Fprintln(a.out)
 	return nil
-}
-
-// shellQuote makes one word of s for a POSIX shell.
-func shellQuote(s string) string {
-	const plain = "abcdefghijklmnopqrstuvwxyzABCDEFGHIJKLMNOPQRSTUVWXYZ0123456789-_=+:,./@%"
-	if s != "" && strings.Trim(s, plain) == "" {
-		return s
-	}
-	return "'" + strings.ReplaceAll(s, "'", `'\''`) + "'"
 }

@@ -38,7 +38,7 @@ type Tail struct {
 // as long as what it describes, except that a large state is large by its buffers.
 const maxTailBytes = image.MaxDeviceStateBytes + 64<<20
 
-const decoderBytes = 1 << 20
+const decoderBytes = 256 << 10
 
 // decoder is the state of one Decode.
 type decoder struct {
@@ -348,7 +348,7 @@ func (d *decoder) list(total uint64) error {
 			return fmt.Errorf("%w: RAMBlock %.80q of %d bytes, %d are left of all", ErrFormat, name, n, left)
 		}
 		if _, twice := d.byName[name]; twice || name == "" || len(d.blocks) == image.MaxBlocks {
-			return fmt.Errorf("%w: RAMBlock %.80q, the %dth", ErrFormat, name, len(d.blocks)+1)
+			return fmt.Errorf("%w: RAMBlock %.80q after %d others: it is there already, has no name or is one too many", ErrFormat, name, len(d.blocks))
 		}
 		d.byName[name] = len(d.blocks)
 		d.blocks = append(d.blocks, Block{name, n})

@@ -2,8 +2,12 @@ package vmstate
 
 import (
 	"bytes"
+	"encoding/binary"
 	"errors"
+	"fmt"
 	"os"
+	"slices"
+	"strings"
 	"testing"
 )
 
@@ -183,6 +187,142 @@ func FuzzStream(f *testing.F) {
 			if err != nil || s.Machine != machine || len(s.Sections) != len(l.Sections) {
 				t.Fatalf("stream lists differently: %v", err)
 			}
+		}
+	})
+}
+
+func TestSplitIsStream(t *testing.T) {
+	dev := pcState(t)
+	head, tail, err := Split(pcMachine, dev)
+	if err != nil {
+		t.Fatal(err)
+	}
+	whole, err := Stream(pcMachine, dev)
+	if err != nil || !bytes.Equal(append(head, tail...), whole) {
+		t.Errorf("the two pieces are not the stream: %v", err)
+	}
+	// What stands between them is RAM: its section gets a number of its own.
+	id, err := FreeID(dev)
+	if err != nil || id == 0 {
+		t.Fatalf("%d, %v", id, err)
+	}
+	l, err := Parse(dev)
+	if err != nil {
+		t.Fatal(err)
+	}
+	for _, s := range l.Sections {
+		if s.ID == id {
+			t.Errorf("section %s has number %d as well", s.Name, id)
+		}
+	}
+	back, _, err := FromTail(tail)
+	if err != nil || !bytes.Equal(back, dev) {
+		t.Errorf("the tail is not the state: %v", err)
+	}
+}
+
+func TestFromTailChecksDescription(t *testing.T) {
+	dev := pcState(t)
+	l, err := Parse(dev)
+	if err != nil {
+		t.Fatal(err)
+	}
+	var names []string
+	for _, s := range l.Sections {
+		names = append(names, fmt.Sprintf(`{"name": %q, "instance_id": %d}`, s.Name, s.Instance))
+	}
+	tail := func(devices []string) []byte {
+		text := `{"page_size": 4096, "devices": [` + strings.Join(devices, ", ") + "]}"
+		b := append(bytes.Clone(dev[headerBytes:]), typeVMDesc)
+		b = binary.BigEndian.AppendUint32(b, uint32(len(text)))
+		return append(b, text...)
+	}
+	if back, _, err := FromTail(tail(names)); err != nil || !bytes.Equal(back, dev) {
+		t.Errorf("%v", err)
+	}
+	other := slices.Clone(names)
+	other[3] = `{"name": "other", "instance_id": 0}`
+	for name, list := range map[string][]string{"one is missing": names[1:], "another": other} {
+		if _, _, err := FromTail(tail(list)); !errors.Is(err, ErrFormat) {
+			t.Errorf("%s: %v", name, err)
+		}
+	}
+	for name, b := range map[string][]byte{"empty": nil, "end mark alone": {typeEOF}, "cut": dev[headerBytes : len(dev)-9]} {
+		if _, _, err := FromTail(b); !errors.Is(err, ErrFormat) {
+			t.Errorf("%s: %v", name, err)
+		}
+	}
+}
+
+func TestRunState(t *testing.T) {
+	dev := pcState(t)
+	l, err := Parse(dev)
+	if err != nil {
+		t.Fatal(err)
+	}
+	if s := RunState(dev, l); s != "running" {
+		t.Errorf("%q", s)
+	}
+	if s := RunState(dev, &Listing{}); s != "" {
+		t.Errorf("%q without a section", s)
+	}
+}
+
+// TestCPUs reads the registers of a vCPU in SeaBIOS: protected mode without paging,
+// flat segments, in the ROM below 1 MiB.
+func TestCPUs(t *testing.T) {
+	cpus, err := CPUs(pcState(t))
+	if err != nil || len(cpus) != 1 {
+		t.Fatalf("%d, %v", len(cpus), err)
+	}
+	c := cpus[0]
+	if c.Instance != 0 || c.CR != [5]uint64{0x11} || c.EFER != 0 || c.RFLAGS != 2 || c.RIP < 0xe0000 || c.RIP >= 1<<20 {
+		t.Errorf("not a CPU in protected mode: %+v", c)
+	}
+	for i, s := range c.Segs {
+		want := Segment{Selector: 16, Limit: 0xffffffff, Flags: 0xcf9300}
+		if i == CS {
+			want.Selector, want.Flags = 8, 0xcf9b00
+		}
+		if s != want {
+			t.Errorf("segment %d: %+v, want %+v", i, s, want)
+		}
+	}
+	if c.GDT.Limit != 55 || c.GDT.Base < 0xe0000 || c.GDT.Base >= 1<<20 {
+		t.Errorf("descriptor table: %+v", c.GDT)
+	}
+	dev := pcState(t)
+	l, err := Parse(dev)
+	if err != nil {
+		t.Fatal(err)
+	}
+	for _, s := range l.Sections {
+		if s.Name == "cpu" {
+			binary.BigEndian.PutUint32(dev[s.Offset-4:], 11)
+		}
+	}
+	if _, err := CPUs(dev); !errors.Is(err, ErrFormat) {
+		t.Errorf("another version: %v", err)
+	}
+}
+
+func FuzzFromTail(f *testing.F) {
+	f.Add([]byte("\x04\x00\x00\x00\x01\x01a\x00\x00\x00\x00\x00\x00\x00\x01xy\x7e\x00\x00\x00\x01\x00"))
+	f.Add([]byte("\x04\x00\x00\x00\x01\x03cpu\x00\x00\x00\x00\x00\x00\x00\x0cxy\x7e\x00\x00\x00\x01\x00\x06\x00\x00\x00\x10{\"devices\": [{}]}"))
+	f.Fuzz(func(t *testing.T, b []byte) {
+		state, l, err := FromTail(b)
+		if err != nil {
+			if !errors.Is(err, ErrFormat) {
+				t.Fatalf("error without a kind: %v", err)
+			}
+			return
+		}
+		RunState(state, l)
+		if _, err := CPUs(state); err != nil && !errors.Is(err, ErrFormat) {
+			t.Fatalf("error without a kind: %v", err)
+		}
+		if !bytes.Equal(state[headerBytes:], b[:len(state)-headerBytes]) {
+			t.Fatal("the state is not the beginning of the tail")
 		}
 	})
 }
