@@ -16,6 +16,7 @@ func recorded(m *image.Manifest) plan.Recorded {
 		VM: m.VM, ID: m.ID, Binary: m.QEMU.BinaryPath, Changes: m.Machine.Changes, Redacted: m.Machine.Redacted,
 		UID: m.Machine.UID, GID: m.Machine.GID, Groups: m.Machine.Groups, Cwd: m.Machine.Cwd,
 		Machine: m.Machine.Type, Accel: m.Machine.Accel, Paused: m.Machine.Facts[image.FactGuestRuns] == "false",
+		Libvirt: m.Machine.Facts[image.FactManager] == managerLibvirt,
 	}
 	if len(m.Machine.Argv) > 0 {
 		r.Argv = slices.Clone(m.Machine.Argv[1:])

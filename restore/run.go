@@ -180,8 +180,8 @@ func (x *run) prepare(ctx context.Context) (err error) {
 			return problem.New(problem.Refused, "restore", "VM "+x.m.VM, "whether the original lives cannot be told: %w", err).
 				WithHint("--assume-dead restores it all the same")
 		}
-		if m := manager(x.m, p); m != "" {
-			doubts = append(doubts, liveness.Doubt{What: m + " manages it and may start it again by itself"})
+		if d, ok := managed(ctx, x.m, p); ok {
+			doubts = append(doubts, d)
 		}
 		if len(doubts) > 0 {
 			what := make([]string, len(doubts))
@@ -222,22 +222,6 @@ func (x *run) prepare(ctx context.Context) (err error) {
 	x.res.Name, x.res.QMP, x.res.RunDir, x.res.Changes, x.res.Paused = p.Name, p.QMPPath, p.RunDir, p.Changes, p.Paused
 	x.phase(PhasePlanned, time.Now())
 	return nil
-}
-
-// manager names what keeps the VM, as recorded or as its sockets say.
-func manager(m *image.Manifest, p *plan.Plan) string {
-	if name := m.Machine.Facts[image.FactManager]; name != "" {
-		return name
-	}
-	for _, s := range p.OldUnix {
-		switch {
-		case strings.Contains(s, "/libvirt/"):
-			return "libvirt"
-		case strings.Contains(s, "/qemu-server/"):
-			return "proxmox"
-		}
-	}
-	return ""
 }
 
 // bringUp starts QEMU and returns when the guest runs.

@@ -151,6 +151,23 @@ func (d *runDir) own(uid, gid int) error {
 	if uid == os.Geteuid() {
 		return nil
 	}
+	// What holds the directory is ours alone, and may be passed through but not
+	// listed from now on: QEMU has to get to its own part of it.
+	root := filepath.Dir(d.path)
+	for _, dir := range []string{root, filepath.Dir(root)} {
+		st, err := os.Stat(dir)
+		if err != nil {
+			return err
+		}
+		if dir != root && filepath.Clean(root) != RunRoot {
+			break // a root of somebody's choice lies in directories of theirs
+		}
+		if st.Mode()&0o001 == 0 {
+			if err := os.Chmod(dir, st.Mode().Perm()|0o011); err != nil {
+				return err
+			}
+		}
+	}
 	return os.Chown(d.path, uid, gid)
 }
 

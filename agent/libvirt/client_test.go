@@ -43,7 +43,7 @@ func open(t *testing.T, d *libvirttest.Daemon) *libvirt.Client {
 func TestProcedures(t *testing.T) {
 	c := open(t, &libvirttest.Daemon{
 		XML:   func(flags uint32) string { return strings.Repeat("x", int(flags)) },
-		State: func() (int32, int32) { return int32(libvirt.Paused), 1 },
+		State: func() (int32, int32) { return int32(libvirt.Paused), 1 }, Autostart: 1,
 	})
 	ctx := t.Context()
 	if v, err := c.Version(ctx); err != nil || v != 9000000 {
@@ -59,6 +59,9 @@ func TestProcedures(t *testing.T) {
 		if text, err := c.XML(ctx, domain, flags); err != nil || len(text) != int(flags) {
 			t.Errorf("XML with flags %d: %q, %v", flags, text, err)
 		}
+	}
+	if on, err := c.Autostart(ctx, domain); err != nil || !on {
+		t.Errorf("autostart %v, %v", on, err)
 	}
 	if s, r, err := c.State(ctx, domain); err != nil || s != libvirt.Paused || r != 1 {
 		t.Errorf("state %v, reason %d, %v", s, r, err)

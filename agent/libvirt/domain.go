@@ -129,19 +129,18 @@ func (c *Client) State(ctx context.Context, dom Domain) (State, Reason, error) {
 	return s, r, d.failed("state")
 }
 
-// HasManagedSave reports whether the next start of the domain resumes what
-// libvirt saved.
-func (c *Client) HasManagedSave(ctx context.Context, dom Domain) (bool, error) {
+// Autostart reports whether the daemon starts the domain by itself, when it or the
+// host is started.
+func (c *Client) Autostart(ctx context.Context, dom Domain) (bool, error) {
 	var e encoder
 	e.domain(dom)
-	e.uint(0)
-	reply, err := c.call(ctx, programRemote, procDomainHasManaged, e.b, nil)
+	reply, err := c.call(ctx, programRemote, procDomainAutostart, e.b, nil)
 	if err != nil {
-		return false, fmt.Errorf("managed save of domain %s: %w", dom.Name, err)
+		return false, fmt.Errorf("autostart of domain %s: %w", dom.Name, err)
 	}
 	d := decoder{b: reply}
-	has := d.int() != 0
-	return has, d.failed("managed save")
+	on := d.int() != 0
+	return on, d.failed("autostart")
 }
 
 // FilesVersion is the first libvirt that passes descriptors to a monitor.

@@ -11,15 +11,15 @@ const (
 	programRemote = 0x20008086
 	programQEMU   = 0x20008087
 
-	procOpen             = 1
-	procClose            = 2
-	procDomainXML        = 14
-	procDomainByUUID     = 24
-	procAuthList         = 66
-	procAuthPolkit       = 70
-	procLibVersion       = 157
-	procDomainHasManaged = 183
-	procDomainState      = 212
+	procOpen            = 1
+	procClose           = 2
+	procDomainXML       = 14
+	procDomainAutostart = 15
+	procDomainByUUID    = 24
+	procAuthList        = 66
+	procAuthPolkit      = 70
+	procLibVersion      = 157
+	procDomainState     = 212
 
 	procMonitor          = 1
 	procMonitorRegister  = 4

@@ -10,6 +10,7 @@
 //	inline -readconfig, remove what an earlier restore added   (build.go)
 //	ask again for redacted secrets                             (secrets.go)
 //	--map                                                      (mapping.go)
+//	what only served libvirt                                   (libvirt.go)
 //	disks of the checkpoint                                    (disks.go)
 //	pin machine type and accelerator                           (machine.go)
 //	memory backends that start out empty                       (memory.go)

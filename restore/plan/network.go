@@ -57,6 +57,9 @@ func (b *builder) backends() error {
 			}
 			continue
 		}
+		if err := b.unmade(e); err != nil {
+			return err
+		}
 		for _, key := range []string{"fd", "fds", "vhostfd", "vhostfds", "sock-fds"} {
 			if v, ok := e.kv.Get(key); ok && v != "" {
 				return b.refuse("netdev "+id, "it used a descriptor (%s=%s) that its manager had opened", key, v).

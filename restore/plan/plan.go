@@ -19,6 +19,7 @@ type Recorded struct {
 	Accel    string
 	Blocks   []Block
 	Paused   bool // the guest was not running when the checkpoint was taken
+	Libvirt  bool // it was a domain of libvirt's
 	// Disks are the writable drives that get the content of the checkpoint. Other
 	// drives use the images that the command line names.
 	Disks []Disk

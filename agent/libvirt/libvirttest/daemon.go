@@ -19,14 +19,18 @@ type Daemon struct {
 	Domain  libvirt.Domain
 	Version uint64 // 9000000 if 0
 	XML     func(flags uint32) string
+	// Autostart is 1 if the domain has it.
+	Autostart uint32
 	// State is the domain's, Running if nil.
 	State func() (state, reason int32)
 	// Monitor answers a monitor command; the file is the daemon's to close.
 	Monitor func(command string, file *os.File) (reply string, failure error)
 
+	listener net.Listener
+	done     chan struct{}
+
+	mu   sync.Mutex // orders what is written, and guards conn
 	conn *net.UnixConn
-	mu   sync.Mutex // orders what is written
-	done chan struct{}
 }
 
 // Start serves; the returned end is the client's.
@@ -53,9 +57,40 @@ func (d *Daemon) Start() (*net.UnixConn, error) {
 	return ends[1], nil
 }
 
+// Listen serves at a path, one client after the other.
+func (d *Daemon) Listen(path string) error {
+	l, err := net.Listen("unix", path)
+	if err != nil {
+		return err
+	}
+	d.listener, d.done = l, make(chan struct{})
+	go func() {
+		defer close(d.done)
+		for {
+			c, err := l.Accept()
+			if err != nil {
+				return // closed
+			}
+			d.mu.Lock()
+			d.conn = c.(*net.UnixConn)
+			d.mu.Unlock()
+			_ = d.serve() // ends when the client does
+			c.Close()
+		}
+	}()
+	return nil
+}
+
 // Close ends the connection from the daemon's side.
 func (d *Daemon) Close() {
-	d.conn.Close()
+	if d.listener != nil {
+		d.listener.Close()
+	}
+	d.mu.Lock()
+	if d.conn != nil {
+		d.conn.Close()
+	}
+	d.mu.Unlock()
 	<-d.done
 }
 
@@ -161,6 +196,8 @@ func (d *Daemon) answer(program, procedure uint32, body []byte, file *os.File) (
 		var flags uint32
 		_ = binary.Read(r, binary.BigEndian, &flags) // zero if it is not there
 		putText(&b, d.XML(flags))
+	case 15:
+		word(d.Autostart)
 	case 212:
 		state, reason := int32(libvirt.Running), int32(0)
 		if d.State != nil {
