@@ -268,6 +268,7 @@ type restored struct {
 	Clock       string   `json:"clock"`
 	ClockStepNS int64    `json:"clock_step_ns"`
 	ChangesRaw  []any    `json:"changes"`
+	Disks       []struct{ Name, Path, Backing string }
 }
 
 // listed is one line of ls.

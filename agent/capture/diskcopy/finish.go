@@ -65,6 +65,7 @@ func (s *Set) Seal(ctx context.Context) ([]image.Disk, error) {
 		if v.Bytes, v.Checksum, err = image.SumFile(ctx, s.c.Txn.FS(), path); err != nil {
 			return nil, err
 		}
+		image.Seal(path, v) // the first restore need not read it all again
 		e := describe(d)
 		e.Method, e.Volumes = image.DiskBackup, []image.Volume{v}
 		if d.base != nil {
