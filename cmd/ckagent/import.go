@@ -41,7 +41,7 @@ func newImportCommand(a *app) *cobra.Command {
 	storeFlag(c, &o.store)
 	f := c.Flags()
 	f.StringVar(&o.name, "name", "", "name of the VM in the store (default: QEMU's -name)")
-	f.StringVar(&o.argvFrom, "argv-from", "", "QEMU's command line: a pid, or a file (shell words, a JSON array, or /proc/PID/cmdline)")
+	f.StringVar(&o.argvFrom, "argv-from", "", "QEMU's command line: a pid, or a file (shell words, a JSON array, /proc/PID/cmdline, libvirt's log)")
 	f.StringVar(&o.compress, "compress", "none", "none, s2 or zstd")
 	return c
 }
@@ -149,7 +149,8 @@ func (o *importOptions) commandLine(to *ingest.Options, argv []string) (err erro
 }
 
 // readArgv reads a command line from a file: words separated by zero bytes, a JSON
-// array, or shell words, in front of which variables may be set (libvirt's logs).
+// array, or shell words, in front of which variables may be set; libvirt's log of a
+// domain (/var/log/libvirt/qemu/NAME.log) is such a file.
 func readArgv(path string) ([]string, error) {
 	bad := func(err error) error { return usageError("--argv-from %s: %w", path, err) }
 	f, err := os.Open(path)
@@ -165,7 +166,7 @@ func readArgv(path string) ([]string, error) {
 		return nil, bad(errors.New("too long for a command line"))
 	}
 	var argv []string
-	switch text := strings.TrimSpace(string(raw)); {
+	switch text := strings.TrimSpace(lastStart(string(raw))); {
 	case bytes.IndexByte(raw, 0) >= 0:
 		argv = strings.Split(strings.TrimSuffix(string(raw), "\x00"), "\x00")
 	case strings.HasPrefix(text, "["):
@@ -180,6 +181,25 @@ func readArgv(path string) ([]string, error) {
 		return nil, bad(err)
 	}
 	return argv, nil
+}
+
+// lastStart is the command line that libvirt noted last in a domain's log; any other
+// text stays as it is.
+func lastStart(text string) string {
+	const mark = ": starting up libvirt version: "
+	i := strings.LastIndex(text, mark)
+	if i < 0 {
+		return text
+	}
+	_, text, _ = strings.Cut(text[i:], "\n")
+	var command strings.Builder
+	for line := range strings.Lines(text) {
+		command.WriteString(line)
+		if !strings.HasSuffix(line, "\\\n") {
+			break
+		}
+	}
+	return command.String()
 }
 
 // isAssignment recognises NAME=value in front of a command.

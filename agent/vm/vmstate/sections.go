@@ -11,7 +11,7 @@ const maxSections = 1 << 14
 
 // Section is one device's part of a stream.
 type Section struct {
-	ID       uint32 // chosen by the writer, rising through the stream
+	ID       uint32 // chosen by the writer, different for every section
 	Name     string // "timer", "cpu", "0000:00:03.0/virtio-net"
 	Instance uint32 // distinguishes sections of one name (vCPUs)
 	Version  uint32 // of the section's layout
@@ -30,11 +30,16 @@ type Listing struct {
 // end where their footer is followed by something that can follow a footer; a
 // stream without footers (machine types before 2.4) cannot be listed and gives
 // an ErrFormat.
-func Parse(b []byte) (*Listing, error) {
+func Parse(b []byte) (*Listing, error) { return parse(b, nil) }
+
+// parse is Parse with what is known of the sections to come; an expectation of nil
+// is none.
+func parse(b []byte, expected []described) (*Listing, error) {
 	rest, err := checkHeader(b)
 	if err != nil {
 		return nil, err
 	}
+	w := walk{expected: expected, seen: map[uint32]bool{}}
 	var l Listing
 	if rest[0] == typeConfig {
 		if l.Machine, rest, err = parseConfig(rest); err != nil {
@@ -60,12 +65,14 @@ func Parse(b []byte) (*Listing, error) {
 			return nil, fmt.Errorf("%w: more than %d sections", ErrFormat, maxSections)
 		}
 		s, n, ok := parseSectionHeader(rest)
-		if !ok {
+		if !ok || !w.fits(s) {
 			return nil, fmt.Errorf("%w: section header at offset %d", ErrFormat, len(b)-len(rest))
 		}
 		rest = rest[n:]
 		s.Offset = len(b) - len(rest)
-		if s.Bytes, ok = findFooter(rest, s.ID); !ok {
+		w.seen[s.ID] = true
+		w.at++
+		if s.Bytes, ok = w.findFooter(rest, s.ID); !ok {
 			return nil, fmt.Errorf("%w: section %q (%d) has no footer", ErrTruncated, s.Name, s.ID)
 		}
 		rest = rest[s.Bytes+footerBytes:]
@@ -96,9 +103,26 @@ func parseSectionHeader(b []byte) (s Section, n int, ok bool) {
 	return s, n, true
 }
 
+// walk is how far a listing got.
+type walk struct {
+	expected []described
+	at       int             // sections so far
+	seen     map[uint32]bool // their ids
+}
+
+// fits says whether a section can come now: its number is new, and it is the one
+// that is expected. (Numbers do not rise everywhere: buses are saved before what was
+// made earlier.)
+func (w *walk) fits(s Section) bool {
+	if w.seen[s.ID] {
+		return false
+	}
+	return w.expected == nil || w.at < len(w.expected) && w.expected[w.at] == described{s.Name, s.Instance}
+}
+
 // findFooter returns the payload's size: the distance to the first footer of
 // this section behind which the stream goes on in a way it can.
-func findFooter(b []byte, id uint32) (int, bool) {
+func (w *walk) findFooter(b []byte, id uint32) (int, bool) {
 	var want [footerBytes]byte
 	want[0] = typeFooter
 	binary.BigEndian.PutUint32(want[1:], id)
@@ -110,11 +134,14 @@ func findFooter(b []byte, id uint32) (int, bool) {
 		switch next[0] {
 		case typeEOF:
 			// Payloads are full of zeros: only the real end stops here.
+			if w.expected != nil && w.at < len(w.expected) {
+				continue
+			}
 			if len(next) == 1 || next[1] == typeVMDesc && isDescription(next[1:]) {
 				return i, true
 			}
 		case typeFull, typeStart:
-			if s, _, ok := parseSectionHeader(next); ok && s.ID > id {
+			if s, _, ok := parseSectionHeader(next); ok && w.fits(s) {
 				return i, true
 			}
 		}

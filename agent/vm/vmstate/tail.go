@@ -1,60 +1,68 @@
 package vmstate
 
 import (
+	"bytes"
 	"encoding/binary"
 	"encoding/json"
 	"fmt"
 )
 
+// described is a section in a stream's description.
+type described struct {
+	Name     string `json:"name"`
+	Instance uint32 `json:"instance_id"`
+}
+
 // FromTail makes a device state of what follows RAM in a migration stream: device
-// sections, end mark, description. The description is left out, for it belongs to
-// the stream; before, it is held against the sections that were found.
+// sections, end mark, description. The description names the sections in their
+// order; with it none is cut at something in a payload that looks like a footer. It
+// is left out of the result, for it belongs to the stream.
 func FromTail(tail []byte) ([]byte, *Listing, error) {
 	b := binary.BigEndian.AppendUint32(make([]byte, 0, headerBytes+len(tail)), magic)
 	b = binary.BigEndian.AppendUint32(b, version)
 	b = append(b, tail...)
-	l, err := Parse(b)
+	expected, err := findDescription(tail)
+	if err != nil {
+		return nil, nil, err
+	}
+	l, err := parse(b, expected)
 	if err != nil {
 		return nil, nil, err
 	}
 	if len(l.Sections) == 0 {
 		return nil, nil, fmt.Errorf("%w: no device section follows RAM", ErrFormat)
 	}
-	if err := l.checkDescription(); err != nil {
-		return nil, nil, err
-	}
 	last := l.Sections[len(l.Sections)-1]
 	return b[:last.Offset+last.Bytes+footerBytes+1], l, nil
 }
 
-// checkDescription compares the sections with the description that the writer put
-// behind them, if there is one: a section that was cut at something in a payload
-// that looks like a footer gives a wrong list.
-func (l *Listing) checkDescription() error {
-	if len(l.Description) == 0 {
-		return nil
-	}
-	var d struct {
-		Devices []struct {
-			Name     string `json:"name"`
-			Instance uint32 `json:"instance_id"`
-		} `json:"devices"`
-	}
-	if err := json.Unmarshal(l.Description, &d); err != nil {
-		return fmt.Errorf("%w: its description: %w", ErrFormat, err)
-	}
-	if d.Devices == nil {
-		return nil // a writer that describes nothing, as Stream
-	}
-	if len(d.Devices) != len(l.Sections) {
-		return fmt.Errorf("%w: %d device sections where its description names %d", ErrFormat, len(l.Sections), len(d.Devices))
-	}
-	for i, s := range l.Sections {
-		if w := d.Devices[i]; w.Name != s.Name || w.Instance != s.Instance {
-			return fmt.Errorf("%w: device section %d is %.80q (%d) where its description says %.80q (%d)", ErrFormat, i, s.Name, s.Instance, w.Name, w.Instance)
+// findDescription looks for the description at the end of a stream. It is text, so
+// that the last byte of its kind of section is that section's, or in its length. Nil
+// if there is none, or one that describes nothing, as Stream's.
+func findDescription(b []byte) ([]described, error) {
+	const inLength = 4 // bytes of the length that may look like it
+	end := len(b)
+	for range inLength + 1 {
+		i := bytes.LastIndexByte(b[:end], typeVMDesc)
+		if i < 1 {
+			break
 		}
+		end = i
+		if b[i-1] != typeEOF || len(b)-i < 5 || int64(binary.BigEndian.Uint32(b[i+1:])) != int64(len(b)-i-5) {
+			continue
+		}
+		var d struct {
+			Devices []described `json:"devices"`
+		}
+		if err := json.Unmarshal(b[i+5:], &d); err != nil {
+			return nil, fmt.Errorf("%w: its description: %w", ErrFormat, err)
+		}
+		if len(d.Devices) > maxSections {
+			return nil, fmt.Errorf("%w: its description names %d sections", ErrFormat, len(d.Devices))
+		}
+		return d.Devices, nil
 	}
-	return nil
+	return nil, nil
 }
 
 // RunState is the run state in a device state's section "globalstate": what a

@@ -254,6 +254,48 @@ func TestFromTailChecksDescription(t *testing.T) {
 	}
 }
 
+// section is one by hand.
+func section(id byte, name, payload string) string {
+	return "\x04\x00\x00\x00" + string(rune(id)) + string(rune(len(name))) + name + "\x00\x00\x00\x00\x00\x00\x00\x01" + payload +
+		"\x7e\x00\x00\x00" + string(rune(id))
+}
+
+// TestNumbersNeedNotRise lists a machine whose buses were made late and are saved
+// early, as QEMU does with PCI bridges.
+func TestNumbersNeedNotRise(t *testing.T) {
+	const head = "QEVM\x00\x00\x00\x03"
+	l, err := Parse([]byte(head + section(40, "bridge", "xy") + section(3, "disk", "z") + "\x00"))
+	if err != nil || len(l.Sections) != 2 || l.Sections[1].Name != "disk" || l.Sections[0].Bytes != 2 {
+		t.Errorf("%+v, %v", l, err)
+	}
+	if l, err := Parse([]byte(head + section(4, "a", "") + section(4, "b", "") + "\x00")); err == nil && len(l.Sections) > 1 {
+		t.Errorf("two sections of one number: %+v", l)
+	}
+}
+
+// TestPayloadThatImitates has a section whose payload looks like its end and another
+// section. Only a description tells the two apart.
+func TestPayloadThatImitates(t *testing.T) {
+	inner := section(9, "fake", "")
+	body := section(1, "a", "q\x7e\x00\x00\x00\x01"+inner) + section(2, "b", "")
+	describe := func(names ...string) string {
+		for i, n := range names {
+			names[i] = fmt.Sprintf(`{"name": %q, "instance_id": 0}`, n)
+		}
+		text := `{"devices": [` + strings.Join(names, ",") + "]}"
+		return "\x00\x06\x00\x00\x00" + string(rune(len(text))) + text
+	}
+	_, l, err := FromTail([]byte(body + describe("a", "b")))
+	if err != nil || len(l.Sections) != 2 || l.Sections[0].Bytes != 6+len(inner) {
+		t.Errorf("%+v, %v", l, err)
+	}
+	for name, list := range map[string][]string{"too few": {"a"}, "too many": {"a", "b", "c"}, "others": {"a", "c"}, "order": {"b", "a"}} {
+		if _, l, err := FromTail([]byte(body + describe(list...))); !errors.Is(err, ErrFormat) {
+			t.Errorf("%s: %+v, %v", name, l, err)
+		}
+	}
+}
+
 func TestRunState(t *testing.T) {
 	dev := pcState(t)
 	l, err := Parse(dev)
