@@ -25,6 +25,7 @@ func startCOW(s *session, control *os.File) (*cow, error) {
 	faults := max(1, min(2, len(s.target.VCPUs), runtime.NumCPU()/4))
 	scans := max(1, min(4, runtime.NumCPU()/2))
 	pages := int(s.o.ArenaBytes / source.PageBytes)
+	scanPages := min(scanRingBytes/source.PageBytes, pages/3/scans)
 	var vcpus []int
 	for _, c := range s.target.VCPUs {
 		vcpus = append(vcpus, c.TID)
@@ -32,7 +33,7 @@ func startCOW(s *session, control *os.File) (*cow, error) {
 	srv, err := faultserver.New(faultserver.Start{
 		Self: s.o.Helper[0], Args: append(s.o.Helper[1:len(s.o.Helper):len(s.o.Helper)], FaultServerVerb),
 		Control:        control,
-		FaultRingPages: pages * 2 / 3 / faults, ScanRingPages: pages / 3 / scans,
+		FaultRingPages: (pages - scans*scanPages) / faults, ScanRingPages: scanPages,
 		Config: faultserver.Config{
 			QEMUPID: s.target.Process.PID, VCPUs: vcpus, Blocks: s.blocks,
 			FaultThreads: faults, ScanThreads: scans,
@@ -49,6 +50,10 @@ func startCOW(s *session, control *os.File) (*cow, error) {
 }
 
 const (
+	// scanRingBytes is as little as lets a huge page pass (half of a ring): what the
+	// scanner has copied is then still in the processor's cache when it is hashed and
+	// written, and so is the memory it copies into.
+	scanRingBytes  = 4 << 20
 	faultAround    = 16
 	collapseBudget = 2 * time.Second
 )

@@ -6,6 +6,8 @@ import (
 	"errors"
 	"math/rand/v2"
 	"os"
+	"runtime"
+	"sync/atomic"
 	"testing"
 	"time"
 	"unsafe"
@@ -193,5 +195,77 @@ func TestHostileArenaIsRefused(t *testing.T) {
 	r.put(slot{pages: 9, start: 1, flags: uint32(ByScan)})
 	if _, _, _, err := r.Next(0); !errors.Is(err, ErrCorrupt) {
 		t.Fatalf("took a record outside the ring: %v", err)
+	}
+}
+
+// A producer with slack sleeps until there is room for several runs, and is woken
+// also when the consumer has taken all there was and that is less.
+func TestSlackSparesWakes(t *testing.T) {
+	a, f, err := Create([]int{64})
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer a.Close()
+	defer f.Close()
+	r := a.Ring(0)
+	r.SetSlack(24)
+	fill := func(run int) (n int) {
+		for ; ; n++ {
+			if _, ok := r.Reserve(run, 0); !ok {
+				return n
+			}
+			r.Publish(0, 0, uint64(run), ByScan)
+		}
+	}
+	take := func() {
+		t.Helper()
+		if _, ok, _, err := r.Next(0); !ok || err != nil {
+			t.Fatal("no record", err)
+		}
+		r.Done()
+	}
+	reserved := make(chan bool)
+	asleep := func() bool { return atomic.LoadUint32(&r.h.producerWaits) == 1 }
+	reserve := func(n int) {
+		go func() { _, ok := r.Reserve(n, time.Minute); reserved <- ok }()
+		for !asleep() {
+			runtime.Gosched()
+		}
+	}
+
+	if n := fill(8); n != 8 {
+		t.Fatalf("%d runs of 8 pages in a ring of 64", n)
+	}
+	reserve(8)
+	for range 3 { // 24 pages: room for the one asked for, but not for the slack
+		take()
+		if !asleep() {
+			t.Fatal("woken too early")
+		}
+	}
+	take()
+	if !<-reserved {
+		t.Fatal("not woken though there was room for it and the slack")
+	}
+	r.Publish(0, 0, 8, ByScan)
+
+	// The slack reaches beyond what is in the ring: taking all of it must do. 104 pages
+	// were published by then, and the next 32 begin at the ring's start again.
+	take()
+	if n := fill(8); n != 4 {
+		t.Fatalf("%d more runs", n)
+	}
+	for range 6 {
+		take()
+	}
+	begin := time.Now()
+	reserve(32)
+	take()
+	if !asleep() {
+		t.Fatal("woken too early")
+	}
+	take()
+	if !<-reserved || time.Since(begin) > time.Minute/2 {
+		t.Fatal("not woken by the last record")
 	}
 }

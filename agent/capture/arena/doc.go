@@ -13,7 +13,9 @@
 //
 // A Ring is single producer, single consumer. Each index has one writer:
 // the producer owns head, the consumer owns tail; a record's bytes are published
-// by the store to head and given back by the store to tail. Waiting is by futex
+// by the store to head and given back by the store to tail. A producer that is in no
+// hurry gives itself slack (SetSlack), so that it is not woken for every record given
+// back. Waiting is by futex
 // on the index words' companions, which works across the two processes; there
 // are no locks.
 //

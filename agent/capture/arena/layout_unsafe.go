@@ -14,7 +14,8 @@ type ringControl struct {
 	headSlot      uint64 // producer: records published
 	headSeq       uint32 // producer: futex word, counts publications
 	consumerWaits uint32 // consumer: 1 while it sleeps on headSeq
-	_             [112]byte
+	wantPage      uint64 // producer: the data position to be woken at while it sleeps on tailSeq
+	_             [104]byte
 	tailPage      uint64 // consumer: data position given back
 	tailSlot      uint64 // consumer: records given back
 	tailSeq       uint32 // consumer: futex word, counts returns

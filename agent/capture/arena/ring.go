@@ -37,6 +37,8 @@ type Ring struct {
 	// producer only
 	headSlot uint64 // records published
 	headPage uint64 // data pages allocated since creation, skipped ones included
+	lastPage uint64 // data position after the last record published
+	slack    uint64 // see SetSlack
 	// consumer only
 	tailSlot uint64
 }
@@ -59,6 +61,11 @@ func (r *Ring) Reserve(n int, wait time.Duration) ([]byte, bool) {
 	r.headPage += skip
 	return r.data[at*PageBytes : (at+need)*PageBytes], true
 }
+
+// SetSlack is for a producer that is never in a hurry: once it has to wait for room it
+// sleeps until so many pages more are free. Without it producer and consumer of a full
+// ring take turns at every record, and each turn costs two switches of context.
+func (r *Ring) SetSlack(pages int) { r.slack = uint64(min(pages, r.MaxReserve())) }
 
 // MaxReserve is the longest run, in pages, that Reserve can be asked for.
 func (r *Ring) MaxReserve() int { return int(r.pages / 2) }
@@ -86,6 +93,8 @@ func (r *Ring) WaitRecords(n int, wait time.Duration) bool {
 // waitSpace waits until the data pages up to position end and so many record slots
 // are free.
 func (r *Ring) waitSpace(end, records uint64, wait time.Duration) bool {
+	// Not beyond what was published, or nobody would ever get there.
+	atomic.StoreUint64(&r.h.wantPage, min(max(end, r.pages)-r.pages+r.slack, r.lastPage))
 	return await(&r.h.tailSeq, &r.h.producerWaits, wait, func() bool {
 		return end-atomic.LoadUint64(&r.h.tailPage) <= r.pages &&
 			r.headSlot+records-atomic.LoadUint64(&r.h.tailSlot) <= uint64(len(r.slots))
@@ -152,6 +161,7 @@ func (r *Ring) Finish(wait time.Duration) bool {
 
 func (r *Ring) put(s slot) {
 	r.slots[r.headSlot%uint64(len(r.slots))] = s
+	r.lastPage = s.endPage
 	r.headSlot++
 	atomic.StoreUint64(&r.h.headSlot, r.headSlot)
 	atomic.AddUint32(&r.h.headSeq, 1)
@@ -198,7 +208,7 @@ func (r *Ring) Done() {
 	atomic.StoreUint64(&r.h.tailPage, s.endPage)
 	atomic.StoreUint64(&r.h.tailSlot, r.tailSlot)
 	atomic.AddUint32(&r.h.tailSeq, 1)
-	if atomic.LoadUint32(&r.h.producerWaits) != 0 {
+	if atomic.LoadUint32(&r.h.producerWaits) != 0 && s.endPage >= atomic.LoadUint64(&r.h.wantPage) {
 		futexWake(&r.h.tailSeq)
 	}
 }

@@ -2,6 +2,7 @@ package faultserver
 
 import (
 	"errors"
+	"math/bits"
 	"runtime"
 	"sync/atomic"
 	"time"
@@ -14,6 +15,7 @@ import (
 
 const (
 	windowWords = 128 // bitmap words per window: 32 MiB, one look at the page map
+	batchWords  = 4   // words captured in one step: a guest that wants one of their pages waits a quarter of a millisecond
 	reserveWait = 20 * time.Millisecond
 	finishWait  = 10 * time.Second
 	scanNice    = 5 // the guest's vCPUs and the fault threads come first
@@ -83,10 +85,11 @@ func (c *scanner) window(block int, t *pageTable, w, end int, hot bool) bool {
 				w++
 			}
 		default:
-			if !c.word(block, t, w, content[w-from]) {
+			n := c.batch(t, w, end, content[w-from:], hot)
+			if !c.words(block, t, w, content[w-from:w-from+n]) {
 				return false
 			}
-			w++
+			w += n
 		}
 	}
 	return true
@@ -207,36 +210,60 @@ func (c *scanner) huge(block int, t *pageTable, first uint64) bool {
 	return n == 0 || c.captured(block, t, first, n, data[:n*pageBytes])
 }
 
-// word captures what is left of one word; content says which of its pages had
-// any.
-func (c *scanner) word(block int, t *pageTable, w int, content uint64) bool {
-	data, ok := c.reserve(wordPages)
+// batch is how many words from w on, but before end, to capture in one step: those
+// that have content and are not for huge.
+func (c *scanner) batch(t *pageTable, w, end int, content []uint64, hot bool) int {
+	n, most := 1, min(batchWords, c.ring.MaxReserve()/wordPages, end-w)
+	for n < most && content[n] != 0 && (!hot || t.hot[w+n] != 0) && !c.isWholeHuge(t, w+n, end) {
+		n++
+	}
+	return n
+}
+
+// words captures what is left of the words from w on; content says which of their
+// pages had any. Pages in a row are copied, proved and let go together, also across
+// words: each time costs the guest's processors a flush of their TLBs.
+func (c *scanner) words(block int, t *pageTable, w int, content []uint64) bool {
+	data, ok := c.reserve(len(content) * wordPages)
 	if !ok {
 		return false
 	}
-	got := t.claim(w, t.full(w))
-	for _, zero := range []bool{false, true} {
-		m := got & content
-		if zero {
-			m = got &^ content
-		}
-		for m != 0 {
-			off, n := lowestRun(m)
-			m &^= maskOf(off, n)
-			first := uint64(w)*wordPages + off
-			if zero {
-				if !c.zeroRun(block, t, first, n) {
-					return false
-				}
-				continue
-			}
-			if !c.captured(block, t, first, n, data[:n*pageBytes]) {
-				return false
-			}
+	var first, n uint64
+	var zero bool
+	flush := func() (ok bool) {
+		switch {
+		case n == 0:
+			return true
+		case zero:
+			ok = c.zeroRun(block, t, first, n)
+		default:
+			ok = c.captured(block, t, first, n, data[:n*pageBytes])
 			data = data[n*pageBytes:]
 		}
+		n = 0
+		return ok
 	}
-	return true
+	for i, had := range content {
+		for got := t.claim(w+i, t.full(w+i)); got != 0; {
+			z := had>>bits.TrailingZeros64(got)&1 == 0
+			alike := got & had
+			if z {
+				alike = got &^ had
+			}
+			off, k := lowestRun(alike)
+			got &^= maskOf(off, k)
+			at := uint64(w+i)*wordPages + off
+			if n > 0 && z == zero && at == first+n {
+				n += k
+				continue
+			}
+			if !flush() {
+				return false
+			}
+			first, n, zero = at, k, z
+		}
+	}
+	return flush()
 }
 
 // captured captures a claimed run into data, the next pages of the ring.

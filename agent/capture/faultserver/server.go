@@ -263,6 +263,7 @@ func (s *server) freeze() error {
 func (s *server) scan() {
 	for i := range s.cfg.ScanThreads {
 		sc := &scanner{s: s, id: i, ring: s.arena.Ring(s.cfg.FaultThreads + i)}
+		sc.ring.SetSlack(sc.ring.Pages() / 2)
 		s.scans.Go(sc.run)
 	}
 }
