@@ -133,7 +133,7 @@ func awaitTable(t *testing.T, pid int, ready func(*view) bool) {
 }
 
 func listensTCP(v *view) bool {
-	for _, s := range v.tcp {
+	for _, s := range v.listTCP() {
 		if _, ours := v.held[s.inode]; ours && s.state == tcpListen {
 			return true
 		}

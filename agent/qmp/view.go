@@ -14,12 +14,21 @@ type view struct {
 	cwd  string
 	held map[uint64]int
 	unix []unixSocket
-	tcp  []tcpSocket
+
+	tcp     []tcpSocket // see listTCP
+	tcpRead bool
 }
 
-func (v *view) read() {
-	v.unix, _ = unixTable(v.pid)
-	v.tcp, _ = tcpTable(v.pid)
+func (v *view) read() { v.unix, _ = unixTable(v.pid) }
+
+// listTCP reads the table of TCP sockets when a monitor may be in it: the kernel
+// walks its whole hash table for that, milliseconds on a host with much memory.
+func (v *view) listTCP() []tcpSocket {
+	if !v.tcpRead {
+		v.tcp, _ = tcpTable(v.pid)
+		v.tcpRead = true
+	}
+	return v.tcp
 }
 
 // findUnix looks for a socket the target holds; a table that misses it is read
@@ -89,7 +98,7 @@ func (v *view) inherited(e Endpoint, m monitorSpec) (Endpoint, string) {
 		e.Libvirt = e.Libvirt || strings.Contains(s.path, "/libvirt/qemu/")
 		return e, ""
 	}
-	for _, s := range v.tcp {
+	for _, s := range v.listTCP() {
 		if s.inode != inode {
 			continue
 		}
@@ -121,7 +130,7 @@ func (v *view) tcpEndpoint(e Endpoint, m monitorSpec) (Endpoint, string) {
 		last = 1<<16 - 1
 	}
 	var found []tcpSocket
-	for _, s := range v.tcp {
+	for _, s := range v.listTCP() {
 		_, ours := v.held[s.inode]
 		port := int(s.local.Port())
 		if ours && s.state == tcpListen && port >= first && port <= last {

@@ -254,15 +254,20 @@ func (t *Target) refuseLayout(ctx context.Context) ([]Refusal, error) {
 			return nil, err
 		}
 	}
-	vmas, err := t.Process.ReadSmaps()
-	if err != nil {
-		return nil, err
+	now := func(b *RAMBlock) []VMA { return b.VMAs }
+	if !t.fresh {
+		vmas, err := t.Process.ReadSmaps()
+		if err != nil {
+			return nil, err
+		}
+		now = func(b *RAMBlock) []VMA { return vmasAt(vmas, b.HVA, b.mapBytes()) }
 	}
+	t.fresh = false
 	var out []Refusal
 	var filed []*RAMBlock
 	for i := range t.Blocks {
 		b := &t.Blocks[i]
-		out = append(out, refuseBlock(b, vmasAt(vmas, b.HVA, b.mapBytes()))...)
+		out = append(out, refuseBlock(b, now(b))...)
 		if b.VMAs[0].Inode != 0 {
 			filed = append(filed, b)
 		}

@@ -34,6 +34,10 @@ type Target struct {
 	// LeaveDisksOut is set by who wants checkpoints without disks: then Refusals
 	// does not judge them.
 	LeaveDisksOut bool
+
+	// fresh says that the mappings in Blocks were read by the Layout just before: the
+	// next look at their flags may spare the kernel another walk of every page table.
+	fresh bool
 }
 
 // Options say how to open a target.
@@ -242,13 +246,14 @@ func (p *Process) threadsByInnerID() (map[int]int, error) {
 	return out, nil
 }
 
-// Layout resolves the RAM blocks the long way and remembers them in Blocks.
+// Layout resolves the RAM blocks the long way and remembers them in Blocks. The
+// first Refusals after it judges the mappings as they were read here.
 func (t *Target) Layout(ctx context.Context) ([]RAMBlock, error) {
 	blocks, err := ResolveLayout(ctx, t.Process, t.QMP, nil)
 	if err != nil {
 		return nil, err
 	}
-	t.Blocks = blocks
+	t.Blocks, t.fresh = blocks, true
 	return blocks, nil
 }
 
