@@ -113,13 +113,21 @@ var unixEpoch = time.Unix(1, 0)
 
 // handFeed gives QEMU its end and asks for events of the load.
 func handFeed(ctx context.Context, c *qmp.Client, f *feed) error {
+	events, err := qmp.Encode("migrate-set-capabilities", map[string]any{"capabilities": []any{
+		map[string]any{"capability": "events", "state": true}}})
+	if err != nil {
+		return err
+	}
+	asked, err := c.Send(events) // and the other right behind it
+	if err != nil {
+		return err
+	}
 	if err := c.ExecuteFD(ctx, "getfd", map[string]string{"fdname": streamName}, nil, f.read); err != nil {
 		return err
 	}
 	// Only QEMU may hold it from here on: its death then ends our writing.
 	f.read.Close()
-	return c.Execute(ctx, "migrate-set-capabilities", map[string]any{"capabilities": []any{
-		map[string]any{"capability": "events", "state": true}}}, nil)
+	return asked[0].Wait(ctx, nil)
 }
 
 // loaded is when a device state was in and when the guest ran.

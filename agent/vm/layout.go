@@ -9,6 +9,8 @@ import (
 	"slices"
 	"strings"
 
+	"golang.org/x/sync/errgroup"
+
 	"github.com/ckagent/ckagent/agent/problem"
 )
 
@@ -98,7 +100,18 @@ func ResolveLayout(ctx context.Context, p *Process, q Monitor, hints []RAMBlock)
 }
 
 func resolveOnce(ctx context.Context, p *Process, q Monitor, hints []RAMBlock) ([]RAMBlock, error) {
+	a := &ahead{probe: probeOf(hints)}
+	var g errgroup.Group
+	if len(hints) > 0 {
+		g.Go(func() error { return a.look(p) })
+	}
+	if a.probe != nil {
+		g.Go(func() (err error) { a.answer, err = q.HMP(ctx, fmt.Sprintf("gpa2hva 0x%x", a.probe.GPA)); return err })
+	}
 	text, err := q.HMP(ctx, "info ramblock")
+	if gerr := g.Wait(); err == nil {
+		err = gerr
+	}
 	if err != nil {
 		return nil, err
 	}
@@ -108,7 +121,7 @@ func resolveOnce(ctx context.Context, p *Process, q Monitor, hints []RAMBlock) (
 	}
 	r := &resolver{p: p, q: q, lines: lines, host: make(map[string]uint64), how: make(map[string]string)}
 	if matchHints(lines, hints) {
-		return r.fast(ctx, hints)
+		return r.fast(ctx, hints, a)
 	}
 	blocks, err := r.full(ctx)
 	if err != nil {
@@ -123,6 +136,34 @@ func resolveOnce(ctx context.Context, p *Process, q Monitor, hints []RAMBlock) (
 		return nil, errMoved
 	}
 	return blocks, nil
+}
+
+// ahead is what fast needs beside the list of blocks. It is had together with it: a
+// monitor answers several questions almost as soon as one.
+type ahead struct {
+	vmas   []VMA
+	probe  *RAMBlock // whose guest address was asked for; nil: no hint has one
+	answer string
+	seed   uint64 // its record in QEMU's heap, as far as that can be told yet; or 0
+}
+
+// look reads the mappings and looks for the probe's record among them.
+func (a *ahead) look(p *Process) (err error) {
+	if a.vmas, err = p.ReadMaps(); err != nil || a.probe == nil {
+		return err
+	}
+	a.seed = newRecordFinder(processMemory{p.PID}, a.vmas).seed(a.probe)
+	return nil
+}
+
+// probeOf is the largest block of guest RAM proper that is mapped.
+func probeOf(hints []RAMBlock) (probe *RAMBlock) {
+	for i := range hints {
+		if h := &hints[i]; h.GPA >= 0 && h.Main && (probe == nil || h.TotalBytes > probe.TotalBytes) {
+			probe = h
+		}
+	}
+	return probe
 }
 
 // matchHints reports whether hints name exactly these blocks with these sizes.
@@ -150,6 +191,7 @@ type resolver struct {
 	q     Monitor
 	lines []ramblockLine
 	vmas  []VMA
+	seed  uint64            // where a block's record may be, or 0
 	host  map[string]uint64 // block name -> HVA
 	how   map[string]string
 }
@@ -188,12 +230,7 @@ func (r *resolver) claimDirect() error {
 	if len(missing) == 0 {
 		return nil
 	}
-	mem, err := r.p.processMemory()
-	if err != nil {
-		return err
-	}
-	defer mem.Close()
-	found, err := newRecordFinder(mem, r.vmas).find(missing)
+	found, err := newRecordFinder(processMemory{r.p.PID}, r.vmas).find(missing, r.seed)
 	if err != nil {
 		return err
 	}
@@ -249,34 +286,22 @@ func (r *resolver) full(ctx context.Context) ([]RAMBlock, error) {
 // fast trusts the hints for what is not needed to find memory, and proves the
 // rest: HVA by the monitor or QEMU's records, one guest address of the largest
 // mapped block asked independently.
-func (r *resolver) fast(ctx context.Context, hints []RAMBlock) ([]RAMBlock, error) {
-	var err error
-	if r.vmas, err = r.p.ReadMaps(); err != nil {
-		return nil, err
-	}
-	if err = r.claimDirect(); err != nil {
+func (r *resolver) fast(ctx context.Context, hints []RAMBlock, a *ahead) ([]RAMBlock, error) {
+	r.vmas, r.seed = a.vmas, a.seed
+	if err := r.claimDirect(); err != nil {
 		return nil, err
 	}
 	byName := make(map[string]*RAMBlock, len(hints))
-	var probe *RAMBlock
 	for i := range hints {
-		h := &hints[i]
-		byName[h.Name] = h
-		if h.GPA >= 0 && h.Main && (probe == nil || h.TotalBytes > probe.TotalBytes) {
-			probe = h
-		}
+		byName[hints[i].Name] = &hints[i]
 	}
-	if probe != nil {
-		text, err := r.q.HMP(ctx, fmt.Sprintf("gpa2hva 0x%x", probe.GPA))
-		if err != nil {
-			return nil, err
-		}
-		_, hva, ok, err := parseGPA2HVA(text, uint64(probe.GPA))
+	if a.probe != nil {
+		_, hva, ok, err := parseGPA2HVA(a.answer, uint64(a.probe.GPA))
 		if err != nil {
 			return nil, err
 		}
 		if ok {
-			if err := r.claim(r.line(probe.Name), hva, HowGPA); err != nil {
+			if err := r.claim(r.line(a.probe.Name), hva, HowGPA); err != nil {
 				return nil, err
 			}
 		}
@@ -437,11 +462,7 @@ func (r *resolver) claimBySize() error {
 
 // sameContent proves that mappings of one size hold the same bytes.
 func (r *resolver) sameContent(at []uint64, size uint64) error {
-	mem, err := r.p.processMemory()
-	if err != nil {
-		return err
-	}
-	defer mem.Close()
+	mem := processMemory{r.p.PID}
 	const chunk = 64 << 10
 	first, other := make([]byte, chunk), make([]byte, chunk)
 	for off := uint64(0); off < size; off += chunk {

@@ -6,7 +6,8 @@ import (
 	"errors"
 	"fmt"
 	"io"
-	"os"
+
+	"golang.org/x/sys/unix"
 )
 
 // QEMU keeps one record per RAM block in its heap (struct RAMBlock, unchanged in
@@ -28,7 +29,7 @@ const (
 	recordNameWithin  = 128 // idstr starts at most this far behind offset
 	recordIDBytes     = 256 // sizeof(idstr), fixed by the migration stream
 	recordReadBytes   = recordHostBefore + recordNameWithin + recordIDBytes + 24
-	recordChunkBytes  = 1 << 20
+	recordChunkBytes  = 256 << 10
 	recordSearchLimit = 512 << 20 // bytes of heap looked at, all blocks together
 	recordArenaLimit  = 128 << 20 // larger mappings are not malloc arenas
 	maxSameKey        = 64        // blocks without size at one offset; in fact there is one
@@ -62,19 +63,25 @@ func newRecordFinder(mem io.ReaderAt, vmas []VMA) *recordFinder {
 }
 
 // find returns the host address of each block it can, by name. A block whose
-// records disagree is an error.
-func (f *recordFinder) find(lines []ramblockLine) (map[string]uint64, error) {
+// records disagree is an error. seed is where one of the records may be (see seed),
+// or 0; it is believed no more than any other.
+func (f *recordFinder) find(lines []ramblockLine, seed uint64) (map[string]uint64, error) {
 	found := make(map[string]uint64, len(lines))
 	byKey := make(map[[24]byte][]*ramblockLine, len(lines))
 	for i := range lines {
 		k := recordKey(&lines[i])
 		byKey[k] = append(byKey[k], &lines[i])
 	}
+	if seed != 0 {
+		if err := f.follow(seed, byKey, found); err != nil {
+			return nil, err
+		}
+	}
 	for i := range lines {
 		if _, ok := found[lines[i].name]; ok {
 			continue
 		}
-		at, err := f.search(&lines[i])
+		at, err := f.search(&lines[i], false)
 		if errors.Is(err, errNoRecord) {
 			continue
 		}
@@ -95,9 +102,19 @@ func recordKey(b *ramblockLine) (k [24]byte) {
 	return k
 }
 
-// search scans the arenas for one block's record; the result is the address of
-// its offset field.
-func (f *recordFinder) search(b *ramblockLine) (uint64, error) {
+// seed looks for the record of a block whose offset is not known yet, so that the
+// search need not wait for the monitor; 0 if there is none.
+func (f *recordFinder) seed(b *RAMBlock) uint64 {
+	at, err := f.search(&ramblockLine{name: b.Name, pageBytes: 4096, used: b.UsedBytes, total: b.TotalBytes}, true)
+	if err != nil {
+		return 0
+	}
+	return at
+}
+
+// search scans the arenas for one block's record, of any offset or of b's; the
+// result is the address of its offset field.
+func (f *recordFinder) search(b *ramblockLine, anyOffset bool) (uint64, error) {
 	if f.buf == nil {
 		f.buf = make([]byte, recordChunkBytes+recordReadBytes)
 	}
@@ -115,12 +132,17 @@ func (f *recordFinder) search(b *ramblockLine) (uint64, error) {
 			// Word by word: bytes.Index is slow on heaps, which are full of the
 			// zeros that the numbers begin with.
 			for i := 16; i+8 <= min(len(chunk), recordChunkBytes+16); i += 8 {
-				if binary.LittleEndian.Uint64(chunk[i:]) != b.total || binary.LittleEndian.Uint64(chunk[i-8:]) != b.used ||
-					binary.LittleEndian.Uint64(chunk[i-16:]) != b.offset {
+				if binary.LittleEndian.Uint64(chunk[i:]) != b.total || binary.LittleEndian.Uint64(chunk[i-8:]) != b.used {
+					continue
+				}
+				want := *b
+				if offset := binary.LittleEndian.Uint64(chunk[i-16:]); anyOffset {
+					want.offset = offset
+				} else if offset != b.offset {
 					continue
 				}
 				field := at + uint64(i-16)
-				if _, _, err := f.check(field, b); err == nil {
+				if _, _, err := f.check(field, &want); err == nil {
 					return field, nil
 				}
 			}
@@ -219,11 +241,26 @@ func (f *recordFinder) identify(at uint64, raw []byte, byKey map[[24]byte][]*ram
 	return nil, 0, 0
 }
 
-// processMemory opens /proc/PID/mem for reading.
-func (p *Process) processMemory() (*os.File, error) {
-	f, err := os.Open(p.Path("mem"))
-	if err != nil {
-		return nil, fmt.Errorf("open memory of %s: %w", p, err)
+// processMemory reads a process's memory at its addresses. process_vm_readv copies
+// once, /proc/PID/mem twice and page by page.
+type processMemory struct{ pid int }
+
+// ReadAt implements io.ReaderAt.
+func (m processMemory) ReadAt(p []byte, off int64) (n int, err error) {
+	for n < len(p) {
+		local := []unix.Iovec{{Base: &p[n]}}
+		local[0].SetLen(len(p) - n)
+		k, err := unix.ProcessVMReadv(m.pid, local, []unix.RemoteIovec{{Base: uintptr(off) + uintptr(n), Len: len(p) - n}}, 0)
+		if errors.Is(err, unix.EINTR) {
+			continue
+		}
+		if err == nil && k <= 0 {
+			err = unix.EFAULT
+		}
+		if err != nil {
+			return n, fmt.Errorf("read %d bytes at %#x of process %d: %w", len(p)-n, off+int64(n), m.pid, err)
+		}
+		n += k
 	}
-	return f, nil
+	return n, nil
 }

@@ -57,7 +57,7 @@ func TestRecords(t *testing.T) {
 	lines, hosts, vmas := recordScene()
 	mem := heap(heapBase, lines, hosts, 0x10000)
 	find := func(mem []byte) (map[string]uint64, error) {
-		return newRecordFinder(window{heapBase, bytes.NewReader(mem)}, vmas).find(lines)
+		return newRecordFinder(window{heapBase, bytes.NewReader(mem)}, vmas).find(lines, 0)
 	}
 	check := func(what string, mem []byte, want int) {
 		t.Helper()
@@ -92,6 +92,23 @@ func TestRecords(t *testing.T) {
 	check("one name changed", renamed, 2)
 
 	check("nothing there", make([]byte, 0x10000), 0)
+
+	// Without its offset a block is found by name and sizes alone, and what is found
+	// that way is only where to begin.
+	f := func(mem []byte) *recordFinder { return newRecordFinder(window{heapBase, bytes.NewReader(mem)}, vmas) }
+	block := RAMBlock{Name: lines[1].name, UsedBytes: lines[1].used, TotalBytes: lines[1].total}
+	at := f(mem).seed(&block)
+	if want := uint64(heapBase + 4096 + 1024 + 40); at != want {
+		t.Errorf("seed at %#x, want %#x", at, want)
+	}
+	if at := f(renamed).seed(&block); at != 0 {
+		t.Errorf("a seed without a record: %#x", at)
+	}
+	for what, seed := range map[string]uint64{"seed": at, "seed that leads nowhere": heapBase + 8} {
+		if got, err := f(mem).find(lines, seed); err != nil || len(got) != 3 || got[lines[2].name] != hosts[2] {
+			t.Errorf("%s: %#x, %v", what, got, err)
+		}
+	}
 }
 
 func FuzzRecords(f *testing.F) {
@@ -101,7 +118,7 @@ func FuzzRecords(f *testing.F) {
 		if len(mem) > 0x10000 {
 			return
 		}
-		found, err := newRecordFinder(window{heapBase, bytes.NewReader(mem)}, vmas).find(lines)
+		found, err := newRecordFinder(window{heapBase, bytes.NewReader(mem)}, vmas).find(lines, 0)
 		if err != nil {
 			return
 		}

@@ -88,6 +88,10 @@ func (s *server) arm(pm *pagemap.Pagemap) error {
 				WithHint("restore this block eagerly")
 		}
 	}
+	maps, err := readMappings(s.cfg.QEMUPID, s.lazy) // registering may have split or joined them
+	if err != nil {
+		return gone(err)
+	}
 	for i := range s.lazy {
 		b := &s.lazy[i]
 		present, err := pm.AnyPresent(b.HVA, b.HVA+b.Bytes)
@@ -95,7 +99,7 @@ func (s *server) arm(pm *pagemap.Pagemap) error {
 			return gone(err)
 		}
 		if !present {
-			present, err = fileHasData(s.cfg.QEMUPID, b.HVA, b.HVA+b.Bytes)
+			present, err = maps.fileHasData(b.HVA, b.HVA+b.Bytes)
 			if err != nil {
 				return gone(err)
 			}

@@ -19,7 +19,7 @@ const eagerChunk = 1 << 20
 
 // writeEager gives the eager blocks their content: every page but zero pages of
 // private memory that is empty, which would only be allocated for nothing.
-func writeEager(ctx context.Context, cfg *Config, src PageSource, pm *pagemap.Pagemap) error {
+func writeEager(ctx context.Context, cfg *Config, src PageSource, pm *pagemap.Pagemap, maps *mappings) error {
 	mem, err := os.OpenFile("/proc/"+strconv.Itoa(cfg.QEMUPID)+"/mem", os.O_WRONLY, 0)
 	if err != nil {
 		return gone(err)
@@ -36,10 +36,7 @@ func writeEager(ctx context.Context, cfg *Config, src PageSource, pm *pagemap.Pa
 			return errors.Join(g.Wait(), problem.New(problem.Integrity, "write memory", b.Name,
 				"the checkpoint has not so many pages of block %d", b.ImageBlock))
 		}
-		isAnon, err := allAnonymous(cfg.QEMUPID, b.HVA, b.HVA+b.Bytes)
-		if err != nil {
-			return errors.Join(g.Wait(), gone(err))
-		}
+		isAnon := maps.allAnonymous(b.HVA, b.HVA+b.Bytes)
 		for at := uint64(0); at < b.Bytes && ctx.Err() == nil; at += eagerChunk {
 			at, n := at, min(eagerChunk, b.Bytes-at)
 			g.Go(func() error { return writeChunk(ctx, cfg.QEMUPID, mem, src, pm, b, at, n, isAnon) })

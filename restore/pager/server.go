@@ -133,7 +133,7 @@ func (s *server) close() {
 
 // prepare checks the blocks against the source and makes room for what load will
 // find out.
-func (s *server) prepare() error {
+func (s *server) prepare(maps *mappings) error {
 	have := s.src.Blocks()
 	pages := make([]uint64, len(s.lazy))
 	s.zero = make([]bitmap, len(s.lazy))
@@ -145,11 +145,7 @@ func (s *server) prepare() error {
 		pages[i] = b.Pages()
 		s.zero[i] = make(bitmap, (pages[i]+63)/64)
 		byImage[b.ImageBlock] = i
-		anon, err := allAnonymous(s.cfg.QEMUPID, b.HVA, b.HVA+b.Bytes)
-		if err != nil {
-			return gone(err)
-		}
-		s.anon = append(s.anon, anon)
+		s.anon = append(s.anon, maps.allAnonymous(b.HVA, b.HVA+b.Bytes))
 	}
 	s.need = order.NewNeed(pages)
 	hot := s.cfg.Hot

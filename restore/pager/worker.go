@@ -13,6 +13,7 @@ import (
 	"sync"
 	"time"
 
+	"golang.org/x/sync/errgroup"
 	"golang.org/x/sys/unix"
 
 	"github.com/ckagent/ckagent/agent/cgroup"
@@ -279,7 +280,11 @@ func (w *worker) serve(ctx context.Context, h *uffd.Handle, pidfd int, b *beater
 		}
 		return w.update(w.ctl.phaseNow(), func(st *state) { st.Damage = d })
 	}
-	if err := s.prepare(); err != nil {
+	maps, err := readMappings(cfg.QEMUPID, cfg.Blocks)
+	if err != nil {
+		return gone(err)
+	}
+	if err := s.prepare(maps); err != nil {
 		return err
 	}
 	pm, err := pagemap.Open(cfg.QEMUPID)
@@ -289,10 +294,10 @@ func (w *worker) serve(ctx context.Context, h *uffd.Handle, pidfd int, b *beater
 	defer pm.Close()
 	again := w.ctl.phaseNow() >= PhaseServing
 	if !again {
-		if err := writeEager(ctx, cfg, w.src, pm); err != nil {
-			return err
-		}
-		if err := s.arm(pm); err != nil {
+		var g errgroup.Group
+		g.Go(func() error { return writeEager(ctx, cfg, w.src, pm, maps) })
+		g.Go(func() error { return s.arm(pm) })
+		if err := g.Wait(); err != nil {
 			return errors.Join(err, s.unarm())
 		}
 		w.ctl.armedNS.Store(nowNS())
