@@ -63,6 +63,15 @@ func releaseIn(ctx context.Context, dir string, pid int) (Report, error) {
 			r.note(fmt.Errorf("resume: %w", err))
 		}
 	}
+	if r.Disks == nil {
+		// Nobody left word: look all the same, as far as there is a monitor that answers.
+		if m, done, err := openMonitor(ctx, way{endpoint: endpointOf(ctx, s, pid)}); err == nil {
+			r.sweepDisks(ctx, m)
+			done()
+		} else if known {
+			r.note(fmt.Errorf("disks: %w", err))
+		}
+	}
 	closeOurs(ctx, pid, s, known, &r)
 	kinds, err := armed(pid)
 	r.note(err)

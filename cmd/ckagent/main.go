@@ -84,7 +84,7 @@ func newRootCommand(a *app) *cobra.Command {
 	})
 	root.AddCommand(
 		newDoctorCommand(a), newExplainCommand(a),
-		newAttachCommand(a), newCheckpointCommand(a), newReleaseCommand(a),
+		newAttachCommand(a), newCheckpointCommand(a), newReleaseCommand(a), newDetachCommand(a),
 		newLsCommand(a), newInspectCommand(a), newVerifyCommand(a),
 		newRmCommand(a), newGCCommand(a), newPinCommand(a), newUnpinCommand(a),
 		newRestoreCommand(a), newPageCommand(a),

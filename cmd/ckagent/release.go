@@ -26,6 +26,9 @@ func newReleaseCommand(a *app) *cobra.Command {
 			if a.json {
 				a.print("release", r)
 			} else {
+				if r.Disks != nil && !r.Disks.Nothing() {
+					fmt.Fprintf(a.out, "pid %d: disks: %s\n", r.QEMUPID, sweptText(*r.Disks))
+				}
 				fmt.Fprintf(a.out, "pid %d: resumed %v, descriptors closed %d, still armed %v, took %s\n",
 					r.QEMUPID, r.Resumed, len(r.ClosedFDs), r.Armed, durationText(time.Duration(r.TookNS)))
 			}

@@ -30,7 +30,7 @@ const jobPoll = 5 * time.Millisecond
 // descriptor sets and, with bitmaps, our bitmaps. The machine may run. It goes on
 // after an error as far as makes sense and may be repeated.
 func Sweep(ctx context.Context, q Monitor, bitmaps bool) (Swept, error) {
-	var s Swept
+	s := Swept{Jobs: []string{}, Filters: []string{}, Nodes: []string{}, Bitmaps: []string{}}
 	err := s.endJobs(ctx, q)
 	if err != nil {
 		return s, err // nodes in use cannot be removed
