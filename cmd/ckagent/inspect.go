@@ -44,19 +44,22 @@ func runInspect(c *cobra.Command, a *app, o inspectOptions, ref string) error {
 	for _, f := range in.Files {
 		files = append(files, fileView(f))
 	}
+	disks := chainViews(c.Context(), st, in.Manifest)
 	if a.json {
 		a.print("checkpoint", struct {
 			Schema string `json:"schema"`
 			checkpointView
 			Files    []fileView      `json:"files"`
+			Disks    []chainView     `json:"disks"`
 			Manifest *image.Manifest `json:"manifest"`
-		}{schema("inspect"), viewOf(in.Info), files, in.Manifest})
+		}{schema("inspect"), viewOf(in.Info), files, disks, in.Manifest})
 		return nil
 	}
 	printManifest(a, in.Manifest)
 	for _, f := range files {
 		fmt.Fprintf(a.out, "file      %-14s %12d bytes, %d on disk\n", f.Name, f.Bytes, f.DiskBytes)
 	}
+	printChains(a, disks)
 	return nil
 }
 
