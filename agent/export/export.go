@@ -42,6 +42,7 @@ type Summary struct {
 	VCPUs  int     `json:"vcpus,omitempty"`  // with registers in an ELF core
 	Map    []Range `json:"map,omitempty"`    // where guest-physical memory is in the output
 	Paused bool    `json:"paused,omitempty"` // the guest was paused when the checkpoint was taken
+	Disks  []Disk  `json:"disks,omitempty"`  // what a loaded state must find, in formats that are loaded
 }
 
 // Range is a piece of guest-physical memory in the output.
@@ -93,6 +94,9 @@ func Write(ctx context.Context, r *image.Reader, w io.Writer, o Options) (*Summa
 		return nil, x.explain(err)
 	}
 	x.sum.Bytes = x.w.bytes
+	if o.Format == QEMU || o.Format == Libvirt {
+		x.sum.Disks = disks(m, r.Dir())
+	}
 	return x.sum, nil
 }
 

@@ -365,6 +365,30 @@ func TestCommand(t *testing.T) {
 	}
 }
 
+func TestDisksAreNamed(t *testing.T) {
+	m := &image.Manifest{Disks: []image.Disk{
+		{Name: "a", Path: "/i/a.qcow2", Method: image.DiskBackup, Volumes: []image.Volume{{Name: "x-0.qcow2"}, {Name: "w-0.qcow2"}}},
+		{Name: "b", Path: "/i/b.qcow2", Method: image.DiskSnapshot, Snapshot: "ck"},
+		{Name: "c", Path: "/i/c.raw", Method: image.DiskNone},
+		{Name: "d", Path: "/i/d.raw", Method: image.DiskOverlay},
+	}}
+	got := disks(m, "/s/vms/web/x")
+	want := []Disk{
+		{Name: "a", Path: "/i/a.qcow2", Method: "backup", Volume: "/s/vms/web/disks/x-0.qcow2"},
+		{Name: "b", Path: "/i/b.qcow2", Method: "snapshot", Snapshot: "ck"},
+		{Name: "c", Path: "/i/c.raw", Method: "none"},
+		{Name: "d", Path: "/i/d.raw", Method: "overlay"},
+	}
+	if diff := cmp.Diff(want, got); diff != "" {
+		t.Error(diff)
+	}
+	for i, words := range []string{"/s/vms/web/disks/x-0.qcow2", "-a ck", "left out", "overlays"} {
+		if a := got[i].Advice(); !strings.Contains(a, words) {
+			t.Errorf("%s: %q", got[i].Name, a)
+		}
+	}
+}
+
 func TestFileAbort(t *testing.T) {
 	dir := t.TempDir()
 	f, err := CreateFile(filepath.Join(dir, "x"))

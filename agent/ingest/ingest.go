@@ -190,6 +190,9 @@ func (x *importer) manifest(tail *ramstream.Tail, state []byte, l *vmstate.Listi
 		m.Machine.Facts[image.FactGuestRuns] = "false"
 		x.note("the guest was paused when the stream was written: it will be after a restore")
 	}
+	for _, d := range c.Disks {
+		x.note("disks are not in the stream: the image of %s must hold what it held when the stream was written", d)
+	}
 	main := 0
 	for _, b := range x.spool.blocks {
 		ib := image.Block{Name: b.name, UsedBytes: b.bytes, TotalBytes: b.bytes, PageBytes: image.MinPageBytes, GPA: -1, Main: isRAM(b.name, c.RAM)}

@@ -1,6 +1,7 @@
 package vm
 
 import (
+	"slices"
 	"strings"
 
 	"github.com/ckagent/ckagent/agent/cmdline"
@@ -18,6 +19,7 @@ type CommandLine struct {
 	RTC     string   // value of -rtc
 	Manager string   // libvirt, proxmox: who started it
 	RAM     []string // ids of memory backends; the machine's default backend has none here
+	Disks   []string // options that name images the guest may write
 }
 
 // ReadCommandLine takes a command line apart, argv[0] first. How the machine came by
@@ -43,6 +45,9 @@ func ReadCommandLine(argv []string) (CommandLine, error) {
 	c.Secrets, c.Manager = r.secrets, managerOf(kept)
 	accel := ""
 	for _, o := range redacted {
+		if writableImage(o) {
+			c.Disks = append(c.Disks, "-"+o.Name+" "+o.Value)
+		}
 		switch o.Name {
 		case "uuid":
 			c.UUID = o.Value
@@ -75,4 +80,29 @@ func ReadCommandLine(argv []string) (CommandLine, error) {
 		c.Accel = "tcg"
 	}
 	return c, nil
+}
+
+// writableImage recognises options that give the guest a disk to write to.
+func writableImage(o cmdline.Option) bool {
+	switch o.Name {
+	case "hda", "hdb", "hdc", "hdd", "fda", "fdb", "sd", "mtdblock":
+		return true
+	case "drive", "blockdev":
+	default:
+		return false
+	}
+	kv, err := o.KeyVal()
+	if err != nil {
+		return false
+	}
+	is := func(key string, values ...string) bool {
+		v, ok := kv.Get(key)
+		return ok && slices.Contains(values, v)
+	}
+	if o.Name == "drive" {
+		_, file := kv.Get("file")
+		return file && !is("readonly", "on", "yes", "true") && !is("read-only", "on", "yes", "true") &&
+			!is("if", "pflash") && !is("media", "cdrom") && !is("snapshot", "on")
+	}
+	return !is("read-only", "on", "yes", "true") && !is("driver", "null-co", "null-aio")
 }

@@ -179,6 +179,9 @@ func (o *exportOptions) report(a *app, w io.Writer, m *image.Manifest, sum *expo
 			return err
 		}
 	}
+	for _, d := range sum.Disks {
+		a.log.Warn("the state belongs to a disk", "disk", d.Name, "image", d.Path, "advice", d.Advice())
+	}
 	if a.json {
 		enc := json.NewEncoder(w)
 		enc.SetEscapeHTML(false)
