@@ -2,6 +2,7 @@ package export
 
 import (
 	"slices"
+	"strings"
 
 	"github.com/ckagent/ckagent/agent/cmdline"
 	"github.com/ckagent/ckagent/agent/image"
@@ -28,6 +29,10 @@ func Command(m *image.Manifest, address string) ([]string, error) {
 		switch o.Name {
 		case "incoming", "loadvm", "S":
 			continue // how it came by its state then
+		case "daemonize":
+			if strings.HasPrefix(address, "fd:") {
+				continue // it would take the descriptor for its own
+			}
 		case "machine", "M":
 			kv, err := o.KeyVal()
 			if err != nil {

@@ -78,7 +78,7 @@ func checkpoint(t testing.TB, ram []byte, edit func(m *image.Manifest)) *store.I
 	m := &image.Manifest{Mode: "stop", Engine: "none",
 		QEMU: image.QEMU{Version: "7.2.22", BinaryPath: "/usr/bin/qemu-system-x86_64"},
 		Machine: image.Machine{Type: machine, Accel: "tcg", Facts: map[string]string{},
-			Argv: []string{"qemu-system-x86_64", "-machine", "pc,accel=tcg", "-m", "1", "-incoming", "defer", "-S"}, Changes: []string{"-device", "virtio-rng-pci"}}}
+			Argv: []string{"qemu-system-x86_64", "-machine", "pc,accel=tcg", "-m", "1", "-daemonize", "-incoming", "defer", "-S"}, Changes: []string{"-device", "virtio-rng-pci"}}}
 	sum.Apply(m)
 	if edit != nil {
 		edit(m)
@@ -356,6 +356,9 @@ func TestCommand(t *testing.T) {
 	}
 	paused := *img.Manifest()
 	paused.Machine.Facts = map[string]string{image.FactGuestRuns: "false"}
+	if got, err := Command(img.Manifest(), "exec:cat x"); err != nil || !slices.Contains(got, "-daemonize") {
+		t.Errorf("%q, %v", got, err)
+	}
 	paused.Machine.Argv = []string{"qemu", "-m", "1"}
 	if got, err = Command(&paused, "exec:cat x"); err != nil || !slices.Equal(got[1:3], []string{"-machine", machine}) || got[len(got)-1] != "-S" {
 		t.Errorf("%q, %v", got, err)
