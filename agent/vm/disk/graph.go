@@ -121,12 +121,12 @@ func Read(ctx context.Context, q Monitor) (*Graph, error) {
 		}
 		g.Drives = append(g.Drives, d)
 	}
-	var nodes []*Node
+	var nodes []Node
 	if err := q.Execute(ctx, "query-named-block-nodes", map[string]bool{"flat": true}, &nodes); err != nil {
 		return nil, fmt.Errorf("query-named-block-nodes: %w", err)
 	}
-	for _, n := range nodes {
-		g.Nodes[n.Name] = n
+	for i := range nodes {
+		g.Nodes[nodes[i].Name] = &nodes[i]
 	}
 	if err := g.readEdges(ctx, q); err != nil {
 		return nil, err

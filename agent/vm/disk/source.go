@@ -54,12 +54,12 @@ func (g *Graph) source(d *Drive) (Source, *Refusal) {
 		return Source{}, &Refusal{"block-graph", d.QOMPath, "its node " + d.Root + " is not in QEMU's list", "try again"}
 	}
 	image := root
-	for slices.Contains(filters, image.Driver) {
+	for steps := 0; slices.Contains(filters, image.Driver); steps++ {
 		child := image.Child("file")
 		if child == "" {
 			child = image.Child("backing")
 		}
-		if image = g.Nodes[child]; image == nil {
+		if image = g.Nodes[child]; image == nil || steps > len(g.Nodes) {
 			return Source{}, &Refusal{"block-graph", root.Name, "there is nothing under its filter", "try again"}
 		}
 	}
