@@ -2,8 +2,10 @@ package store
 
 import (
 	"context"
+	"errors"
 	"fmt"
 	"math/rand"
+	"path/filepath"
 	"sort"
 	"strings"
 	"testing"
@@ -59,6 +61,29 @@ func fill(t *testing.T, txn *Txn, compress string) *image.Manifest {
 	return m
 }
 
+// fillDisk writes the volume of a disk, on top of the chain it continues.
+func fillDisk(t *testing.T, txn *Txn, m *image.Manifest, chain []image.Volume) []image.Volume {
+	t.Helper()
+	dir, err := txn.VolumeDir(context.Background())
+	if err != nil {
+		t.Fatal(err)
+	}
+	data := []byte(strings.Repeat("volume of "+txn.ID()+"\n", 100))
+	v := image.Volume{Name: image.VolumeName(txn.ID(), 0), Bytes: uint64(len(data)), Checksum: image.Sum(data)}
+	// Not synced here, as by a copy that somebody else wrote: Commit has to.
+	f, err := txn.FS().Create(filepath.Join(dir, v.Name))
+	if err == nil {
+		err = errors.Join(f.WriteVec([][]byte{data}, 0), f.Close())
+	}
+	if err != nil {
+		t.Fatal(err)
+	}
+	chain = append([]image.Volume{v}, chain...)
+	m.Disks = []image.Disk{{Name: "vda", Format: "qcow2", Path: "/img", SizeBytes: 1 << 20, Method: image.DiskBackup, Content: image.ContentGuest, Volumes: chain}}
+	m.Stats.DiskBytes = v.Bytes
+	return chain
+}
+
 // record runs a store through everything that changes it.
 func record(t *testing.T) *history {
 	t.Helper()
@@ -68,12 +93,14 @@ func record(t *testing.T) *history {
 	if err != nil {
 		t.Fatal(err)
 	}
+	chains := map[string][]image.Volume{}
 	commit := func(vm, compress string) string {
 		txn, err := s.Begin(ctx, vm)
 		if err != nil {
 			t.Fatal(err)
 		}
 		m := fill(t, txn, compress)
+		chains[vm] = fillDisk(t, txn, m, chains[vm])
 		h.note("begin", txn.ID())
 		if err := txn.Commit(ctx, m); err != nil {
 			t.Fatal(err)
@@ -94,7 +121,7 @@ func record(t *testing.T) *history {
 	h.note("pinned", a)
 	txn, err := s.Begin(ctx, "a")
 	must(err)
-	fill(t, txn, "none")
+	fillDisk(t, txn, fill(t, txn, "none"), chains["a"])
 	must(txn.Abort())
 	c := commit("b", "zstd")
 	d := commit("a", "none")
@@ -248,6 +275,8 @@ func TestPowerLossFindsMistakes(t *testing.T) {
 		"no sync of the pagemap":   func(o crashfs.Op) bool { return o.Kind == crashfs.Sync && strings.HasSuffix(o.Name, "/pagemap") },
 		"no sync of the state":     func(o crashfs.Op) bool { return o.Kind == crashfs.Sync && strings.HasSuffix(o.Name, "/device-state") },
 		"no sync of the manifest":  func(o crashfs.Op) bool { return o.Kind == crashfs.Sync && strings.Contains(o.Name, "manifest.json") },
+		"no sync of volumes":       func(o crashfs.Op) bool { return o.Kind == crashfs.Sync && strings.Contains(o.Name, "/disks/") },
+		"no sync of their names":   func(o crashfs.Op) bool { return o.Kind == crashfs.SyncDir && strings.HasSuffix(o.Name, "/disks") },
 		"no sync of checkpoints":   func(o crashfs.Op) bool { return o.Kind == crashfs.SyncDir && strings.Count(o.Name, "/") == 5 },
 		"no sync of VMs":           func(o crashfs.Op) bool { return o.Kind == crashfs.SyncDir && strings.Count(o.Name, "/") == 4 },
 		"no sync of vms":           func(o crashfs.Op) bool { return o.Kind == crashfs.SyncDir && strings.HasSuffix(o.Name, "/vms") },
