@@ -2,10 +2,12 @@ package capture
 
 import (
 	"context"
+	"runtime"
 	"sync"
 	"time"
 
 	"golang.org/x/sync/errgroup"
+	"golang.org/x/sys/unix"
 
 	"github.com/ckagent/ckagent/agent/capture/arena"
 	"github.com/ckagent/ckagent/agent/image"
@@ -19,7 +21,10 @@ type drainer struct {
 	hot image.HotRuns // what the guest wrote first, in that order
 }
 
-const drainPoll = 50 * time.Millisecond // how soon an idle ring sees a cancel
+const (
+	drainPoll = 50 * time.Millisecond // how soon an idle ring sees a cancel
+	drainNice = 5
+)
 
 // run returns when every ring has ended, or with the first error.
 func (d *drainer) run(ctx context.Context, a *arena.Arena) error {
@@ -31,6 +36,9 @@ func (d *drainer) run(ctx context.Context, a *arena.Arena) error {
 }
 
 func (d *drainer) ring(ctx context.Context, r *arena.Ring) error {
+	// The guest comes first. The thread ends with us, and its priority with it.
+	runtime.LockOSThread()
+	_ = unix.Setpriority(unix.PRIO_PROCESS, unix.Gettid(), drainNice) // a preference, not a need
 	for ctx.Err() == nil {
 		rec, ok, done, err := r.Next(drainPoll)
 		if err != nil || done {

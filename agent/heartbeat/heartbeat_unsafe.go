@@ -21,18 +21,32 @@ type Heart struct {
 // Start calls beat at once and then every so often until Stop. beat must neither
 // block nor enter the Go scheduler: store to memory, read the clock by NowNS.
 func Start(every time.Duration, beat func()) (*Heart, error) {
+	return start(every, beat, false)
+}
+
+// StartPinned is Start in a process that collects no garbage: there the thread need
+// not heed the Go scheduler at all (see Pin).
+func StartPinned(every time.Duration, beat func()) (*Heart, error) {
+	return start(every, beat, true)
+}
+
+func start(every time.Duration, beat func(), pinned bool) (*Heart, error) {
 	fd, err := unix.Eventfd(0, unix.EFD_CLOEXEC)
 	if err != nil {
 		return nil, fmt.Errorf("heartbeat: eventfd: %w", err)
 	}
 	h := &Heart{stop: fd}
-	h.thread.Go(func() { h.run(every, beat) })
+	h.thread.Go(func() { h.run(every, beat, pinned) })
 	return h, nil
 }
 
-func (h *Heart) run(every time.Duration, beat func()) {
+func (h *Heart) run(every time.Duration, beat func(), pinned bool) {
 	runtime.LockOSThread() // the thread ends with us, and its priority with it
 	Realtime()
+	if pinned {
+		Pin()
+		defer Unpin()
+	}
 	fds := []unix.PollFd{{Fd: int32(h.stop), Events: unix.POLLIN}}
 	for {
 		beat()
@@ -76,8 +90,15 @@ func NowNS() int64 {
 // somebody waits for it, and it works for microseconds at a time. Threads that it
 // starts are ordinary again. Best effort: without the right to it the process is a
 // little slower.
-func Realtime() {
-	const policy = 1 | 1<<30 // SCHED_FIFO | SCHED_RESET_ON_FORK
-	prio := int32(1)
-	_, _, _ = syscall.RawSyscall(unix.SYS_SCHED_SETSCHEDULER, 0, policy, uintptr(unsafe.Pointer(&prio)))
+func Realtime() { RealtimeOf(0) }
+
+// RealtimeOf is Realtime for another thread, which Ordinary ends.
+func RealtimeOf(tid int) { setPolicy(tid, 1, 1) } // SCHED_FIFO
+
+// Ordinary makes the calling thread an ordinary one again, as nice as it was.
+func Ordinary() { setPolicy(0, 0, 0) } // SCHED_OTHER
+
+func setPolicy(tid int, policy uintptr, priority int32) {
+	const resetOnFork = 1 << 30 // SCHED_RESET_ON_FORK
+	_, _, _ = syscall.RawSyscall(unix.SYS_SCHED_SETSCHEDULER, uintptr(tid), policy|resetOnFork, uintptr(unsafe.Pointer(&priority)))
 }

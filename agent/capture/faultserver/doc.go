@@ -35,6 +35,13 @@
 // a message is either finished before the freeze or served after it. Lock order:
 // fault threads by index; nothing is locked inside them.
 //
+// A vCPU waits for a fault thread, and for a scanner that has claimed the page it
+// wants. So fault threads run in real time and lend that to such a scanner until the
+// page is done, and neither is ever left to the Go scheduler while somebody may wait
+// (heartbeat.Pin). Everything else of the process comes after the guest, but for the
+// moments around the freeze and the release. No system call arms or lets go of more
+// than some MiB, because a vCPU may have to wait for its end.
+//
 // The process runs without garbage collection and with its memory locked: it
 // allocates only while it is set up.
 //

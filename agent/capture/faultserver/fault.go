@@ -40,6 +40,8 @@ type faultThread struct {
 func (t *faultThread) run() {
 	runtime.LockOSThread()
 	heartbeat.Realtime()
+	heartbeat.Pin() // or the guest waits for more than us
+	defer heartbeat.Unpin()
 	var msgs [16]uffd.Msg
 	for {
 		n, errno := t.s.h.ReadRaw(msgs[:])
@@ -57,6 +59,8 @@ func (t *faultThread) run() {
 // queued is how soon after a batch the next one is there if it was waiting.
 const queued = 20 * time.Microsecond
 
+const lockNap = 20 * time.Microsecond // who holds the lock may need our processor
+
 func (t *faultThread) serve(msgs []uffd.Msg) {
 	begin := time.Now()
 	// What was queued when the last batch had been served came in while it was
@@ -66,7 +70,9 @@ func (t *faultThread) serve(msgs []uffd.Msg) {
 		since = t.began
 	}
 	t.began, t.deadline = begin, since.Add(t.s.cfg.MaxStall)
-	t.mu.Lock()
+	for !t.mu.TryLock() { // during a freeze; pinned
+		nap(lockNap)
+	}
 	defer t.mu.Unlock()
 	defer func() { t.ended = time.Now() }()
 	for i := range msgs {
@@ -110,7 +116,7 @@ func (t *faultThread) track(tab *pageTable, page uint64) {
 	for {
 		errno := t.s.h.UnprotectRaw(tab.block.HVA+first*pageBytes, n*pageBytes, true)
 		if errno == unix.EAGAIN {
-			runtime.Gosched()
+			nap(changeNap)
 			continue
 		}
 		if errno != 0 {
@@ -145,8 +151,12 @@ func (t *faultThread) capture(block int, tab *pageTable, page uint64) {
 	}
 	// Whoever else claimed the page wakes the guest when it is done. If it was
 	// done before this fault was read, waking again does no harm.
-	if !mine && tab.isDone(page) {
+	switch {
+	case mine:
+	case tab.isDone(page):
 		t.s.unprotect(block, tab, page, 1)
+	default:
+		t.s.hurry()
 	}
 	t.lastBlock, t.lastEnd = block, page+1
 }
@@ -178,7 +188,12 @@ func (t *faultThread) captureHuge(block int, tab *pageTable, page uint64) bool {
 // captureRun captures claimed pages; it waits for room until the stall budget of
 // the thread that has waited longest is used up.
 func (t *faultThread) captureRun(block int, tab *pageTable, first, n uint64) bool {
-	data, ok := t.ring.Reserve(int(n), max(0, time.Until(t.deadline)))
+	data, ok := t.ring.Reserve(int(n), 0)
+	if !ok {
+		heartbeat.Unpin()
+		data, ok = t.ring.Reserve(int(n), max(0, time.Until(t.deadline)))
+		heartbeat.Pin()
+	}
 	if !ok {
 		t.s.fail(Stalled, "no room for a page the guest wants to write: the store took more than %v", t.s.cfg.MaxStall)
 		return false

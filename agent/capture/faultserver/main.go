@@ -27,7 +27,6 @@ const (
 const (
 	maxDatagram = 1 << 20
 	beatEvery   = 20 * time.Millisecond
-	serverNice  = -10
 )
 
 // Deps are what the process needs from packages above this one.
@@ -53,6 +52,7 @@ func Main(d Deps) (err error) {
 	// a busy host they must not queue behind everybody. We are a session, and so a
 	// group, of our own. The scanners step back again.
 	_ = unix.Setpriority(unix.PRIO_PGRP, 0, serverNice)
+	stepBack()
 
 	conn, err := inheritedSocket()
 	if err != nil {
@@ -63,7 +63,7 @@ func Main(d Deps) (err error) {
 	if err != nil {
 		return err
 	}
-	hb, err := heartbeat.Start(beatEvery, beat)
+	hb, err := heartbeat.StartPinned(beatEvery, beat)
 	if err != nil {
 		return err
 	}
@@ -76,7 +76,11 @@ func Main(d Deps) (err error) {
 	// before the first page is captured. A page that is not there yet costs the
 	// thread that comes first a microsecond.
 	populated := make(chan error, 1)
-	go func() { populated <- a.Populate() }()
+	go func() {
+		runtime.LockOSThread() // the thread ends with us, and its priority with it
+		background()
+		populated <- a.Populate()
+	}()
 	defer func() { err = errors.Join(err, <-populated) }()
 	var cfg Config
 	buf := make([]byte, maxDatagram)
@@ -170,12 +174,12 @@ func (l *commandLoop) serve(requests <-chan op) error {
 			// if it is waiting for the scan.
 			err := l.s.release()
 			if complete != nil {
-				return errors.Join(err, send(l.conn, l.s, l.s.failure))
+				return errors.Join(err, send(l.conn, l.s, l.s.failure.Load()))
 			}
 			if _, open := <-requests; !open {
 				return err
 			}
-			return errors.Join(err, send(l.conn, l.s, l.s.failure))
+			return errors.Join(err, send(l.conn, l.s, l.s.failure.Load()))
 		case <-complete:
 			return l.finish()
 		case o, open := <-requests:
@@ -187,6 +191,7 @@ func (l *commandLoop) serve(requests <-chan op) error {
 			case o == opPrearm && phase(l.s.phase.Load()) == idle:
 				err = l.s.prearm(func() (*os.File, error) { return l.take(l.s.cfg.QEMUPID, l.s.cfg.VCPUs) })
 			case o == opRearm && phase(l.s.phase.Load()) == tracking:
+				stepForward() // the guest is about to be stopped
 				err = l.s.shrink()
 			case o == opFreeze && phase(l.s.phase.Load()) == tracking:
 				err = l.s.freeze()
@@ -219,6 +224,7 @@ func (l *commandLoop) finish() error {
 	if err == nil {
 		err = l.s.finishRings()
 	}
+	stepBack()
 	l.s.collapse()
 	return send(l.conn, l.s, err)
 }

@@ -11,6 +11,7 @@ import (
 
 	"github.com/ckagent/ckagent/agent/capture/arena"
 	"github.com/ckagent/ckagent/agent/capture/source"
+	"github.com/ckagent/ckagent/agent/heartbeat"
 )
 
 const (
@@ -18,7 +19,6 @@ const (
 	batchWords  = 4   // words captured in one step: a guest that wants one of their pages waits a quarter of a millisecond
 	reserveWait = 20 * time.Millisecond
 	finishWait  = 10 * time.Second
-	scanNice    = 5 // the guest's vCPUs and the fault threads come first
 )
 
 // scanner captures what the guest does not write, so that the capture ends. The
@@ -29,14 +29,18 @@ type scanner struct {
 	ring  *arena.Ring
 	pages uint64
 	runs  []source.Run
+
+	tid    atomic.Int32 // of its thread, while it runs
+	urgent atomic.Bool  // a fault thread has put it before all others
 }
 
 // run first captures what was hot before the freeze, because the guest will
 // write it again, and then everything in ascending order.
 func (c *scanner) run() {
-	runtime.LockOSThread()
-	defer runtime.UnlockOSThread()
-	_ = unix.Setpriority(unix.PRIO_PROCESS, unix.Gettid(), scanNice) // a preference, not a need
+	runtime.LockOSThread() // the thread ends with us, and its priority with it
+	background()
+	c.tid.Store(int32(unix.Gettid()))
+	defer c.tid.Store(0)
 	defer func() { atomic.AddUint64(&c.s.stats.ScanPages, c.pages) }()
 	n := 0
 	for _, hot := range []bool{true, false} {
@@ -138,10 +142,19 @@ func (c *scanner) records(n int) bool {
 	return false
 }
 
+// unpinned calls something that may block.
+func (c *scanner) unpinned(do func() bool) bool {
+	heartbeat.Unpin()
+	defer heartbeat.Pin()
+	return do()
+}
+
 // zeroWords captures words without content in one step. It waits for the ring only
 // while it has claimed nothing, as reserve does: a word is at most half as many runs
 // as pages, and the run that is still open one more.
 func (c *scanner) zeroWords(block int, t *pageTable, w, end int) bool {
+	heartbeat.Pin()
+	defer heartbeat.Unpin()
 	var first, n uint64
 	flush := func() bool {
 		ok := n == 0 || c.zeroRun(block, t, first, n)
@@ -149,7 +162,7 @@ func (c *scanner) zeroWords(block int, t *pageTable, w, end int) bool {
 		return ok
 	}
 	for ; w < end; w++ {
-		if c.ring.FreeRecords() < wordPages && (!flush() || !c.records(wordPages)) {
+		if c.ring.FreeRecords() < wordPages && (!flush() || !c.unpinned(func() bool { return c.records(wordPages) })) {
 			return false
 		}
 		for got := t.claim(w, t.full(w)); got != 0; {
@@ -205,6 +218,8 @@ func (c *scanner) huge(block int, t *pageTable, first uint64) bool {
 	if !ok {
 		return false
 	}
+	heartbeat.Pin() // what is claimed the guest may be waiting for
+	defer heartbeat.Unpin()
 	// Where the guest was faster, the rest is captured word by word.
 	n := t.claimHuge(first)
 	return n == 0 || c.captured(block, t, first, n, data[:n*pageBytes])
@@ -228,6 +243,8 @@ func (c *scanner) words(block int, t *pageTable, w int, content []uint64) bool {
 	if !ok {
 		return false
 	}
+	heartbeat.Pin() // what is claimed the guest may be waiting for
+	defer heartbeat.Unpin()
 	var first, n uint64
 	var zero bool
 	flush := func() (ok bool) {
@@ -279,6 +296,7 @@ func (c *scanner) captured(block int, t *pageTable, first, n uint64, data []byte
 func (c *scanner) done(n uint64) {
 	c.pages += n
 	c.s.pagesDone(int64(n))
+	c.calm()
 }
 
 // finishRings tells the agent that every ring has ended. All threads have.

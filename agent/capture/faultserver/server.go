@@ -4,7 +4,6 @@ import (
 	"errors"
 	"fmt"
 	"os"
-	"runtime"
 	"sync"
 	"sync/atomic"
 	"time"
@@ -39,11 +38,12 @@ type server struct {
 	h      *uffd.Handle // from prearm on
 	held   bool         // the command loop's: from prearm to release
 	faults []*faultThread
-	scans  sync.WaitGroup // scanners
 
-	failOnce sync.Once
-	failed   chan struct{} // closed with failure set
-	failure  *Error
+	scanners []*scanner
+	scans    sync.WaitGroup // those that run
+
+	failure atomic.Pointer[Error]
+	failed  chan struct{} // closed once failure is set
 
 	remaining atomic.Int64 // pages not done; 0 closes complete
 	complete  chan struct{}
@@ -74,6 +74,9 @@ func newServer(cfg Config, a *arena.Arena) (*server, error) {
 	for i := range cfg.FaultThreads {
 		s.faults = append(s.faults, &faultThread{s: s, ring: a.Ring(i), around: 1})
 	}
+	for i := range cfg.ScanThreads {
+		s.scanners = append(s.scanners, &scanner{s: s, id: i, ring: a.Ring(cfg.FaultThreads + i)})
+	}
 	return s, nil
 }
 
@@ -82,20 +85,19 @@ func (s *server) close() error {
 	return s.src.Close()
 }
 
-// fail records the first failure. Threads call it and go on or end; the command
-// loop lets go.
+// fail records the first failure. Threads call it, pinned or not, and go on or end;
+// the command loop lets go.
 func (s *server) fail(f Failure, format string, args ...any) {
-	s.failOnce.Do(func() {
-		s.failure = &Error{Failure: f, Detail: fmt.Sprintf(format, args...)}
+	if s.failure.CompareAndSwap(nil, &Error{Failure: f, Detail: fmt.Sprintf(format, args...)}) {
 		close(s.failed)
-	})
+	}
 }
 
 // failedWith returns the failure, if there was one.
 func (s *server) failedWith() error {
 	select {
 	case <-s.failed:
-		return s.failure
+		return s.failure.Load()
 	default:
 		return nil
 	}
@@ -107,9 +109,14 @@ func (s *server) failedWith() error {
 const features = uffd.FeaturePagefaultFlagWP | uffd.FeatureWPHugetlbfsShmem | uffd.FeatureWPUnpopulated
 
 const (
-	armStep      = 256 << 20 // bytes armed per call, so that a call holds the mmap lock for some ms
-	enoughRuns   = 32        // as few dirty runs as this are left for the freeze
-	prearmPasses = 6         // bound on the passes; a guest that writes faster than we arm never gets there
+	// Bytes armed or let go of per call. A call neither gives up its processor nor
+	// the address space before it is done, some 20 ms per GiB of small pages on a
+	// quiet host, and a vCPU may have to wait for either. A multiple of the huge
+	// page, so that no mapping is cut within one.
+	lockStep     = 16 << 20
+	enoughRuns   = 32                   // as few dirty runs as this are left for the freeze
+	changeNap    = 5 * time.Microsecond // while an address space changes
+	prearmPasses = 6                    // bound on the passes; a guest that writes faster than we arm never gets there
 )
 
 // prearm arms everything while the guest runs. Faults are let through and
@@ -146,13 +153,14 @@ func (s *server) prearm(take func() (*os.File, error)) error {
 	}
 	armBegin := time.Now()
 	for _, t := range s.tables {
-		for at, end := t.block.HVA, t.block.End(); at < end; at += armStep {
-			if err := h.WriteProtect(at, min(armStep, end-at)); err != nil {
+		err := inSteps(t.block, func(start, length uint64) error {
+			if err := h.WriteProtect(start, length); err != nil {
 				return &Error{Failure: Unsupported, Detail: err.Error()}
 			}
-			if err := s.failedWith(); err != nil {
-				return err
-			}
+			return s.failedWith()
+		})
+		if err != nil {
+			return err
 		}
 	}
 	s.stats.ArmNS = time.Since(armBegin).Nanoseconds()
@@ -166,6 +174,19 @@ func (s *server) prearm(take func() (*os.File, error)) error {
 	err = s.shrink()
 	s.stats.PrearmNS = time.Since(begin).Nanoseconds()
 	return err
+}
+
+// inSteps calls do for the pieces of a block, which end at multiples of lockStep,
+// until one fails.
+func inSteps(b source.Block, do func(start, length uint64) error) error {
+	for at, end := b.HVA, b.End(); at < end; {
+		next := min(at&^(lockStep-1)+lockStep, end)
+		if err := do(at, next-at); err != nil {
+			return err
+		}
+		at = next
+	}
+	return nil
 }
 
 // shrink re-arms what was written, while the guest runs, until a pass finds
@@ -259,12 +280,12 @@ func (s *server) freeze() error {
 	return s.failedWith()
 }
 
-// scan starts the scanners.
+// scan starts the scanners. Nothing but them runs for long until release.
 func (s *server) scan() {
-	for i := range s.cfg.ScanThreads {
-		sc := &scanner{s: s, id: i, ring: s.arena.Ring(s.cfg.FaultThreads + i)}
-		sc.ring.SetSlack(sc.ring.Pages() / 2)
-		s.scans.Go(sc.run)
+	stepBack()
+	for _, c := range s.scanners {
+		c.ring.SetSlack(c.ring.Pages() / 2)
+		s.scans.Go(c.run)
 	}
 }
 
@@ -276,9 +297,15 @@ func (s *server) release() error {
 	}
 	begin := time.Now()
 	s.phase.Store(uint32(released))
+	stepForward() // the guest may be waiting
 	var errs []error
 	for _, t := range s.tables {
-		// An unmapped or never registered range is as free as it can be.
+		if inSteps(t.block, s.h.Unregister) == nil {
+			continue
+		}
+		// Something in it is unmapped, or the process may not have one mapping more,
+		// as it has between two steps. An unmapped or never registered range is as
+		// free as it can be.
 		if err := s.h.Unregister(t.block.HVA, t.block.Pages*pageBytes); err != nil &&
 			!errors.Is(err, unix.ENOENT) && !errors.Is(err, unix.EINVAL) && !errors.Is(err, unix.ESRCH) && !errors.Is(err, unix.ENOMEM) {
 			errs = append(errs, err)
@@ -362,7 +389,7 @@ func (s *server) stillHeld(block int, t *pageTable, first, n uint64) bool {
 func (s *server) unprotect(block int, t *pageTable, first, n uint64) bool {
 	errno := s.h.UnprotectRaw(t.block.HVA+first*pageBytes, n*pageBytes, true)
 	for errno == unix.EAGAIN { // the address space is being changed
-		runtime.Gosched()
+		nap(changeNap)
 		errno = s.h.UnprotectRaw(t.block.HVA+first*pageBytes, n*pageBytes, true)
 	}
 	if errno != 0 {
