@@ -13,6 +13,8 @@ import (
 	"time"
 
 	"go.uber.org/goleak"
+
+	"github.com/ckagent/ckagent/tools/vmtest"
 )
 
 func TestMain(m *testing.M) {
@@ -40,6 +42,20 @@ func TestWorkIsInterpolated(t *testing.T) {
 		if _, ok := w.between(at(c[0]), at(c[1])); ok {
 			t.Errorf("reports do not cover %v", c)
 		}
+	}
+}
+
+func TestUsualGapIsTheMedian(t *testing.T) {
+	t0 := time.Now()
+	var beats []vmtest.Beat
+	for _, us := range []int{0, 250, 500, 20500, 20750} {
+		beats = append(beats, vmtest.Beat{At: t0.Add(time.Duration(us) * time.Microsecond)})
+	}
+	if got := usualGap(beats); got != 250*time.Microsecond {
+		t.Error(got)
+	}
+	if got := usualGap(beats[:1]); got != 0 {
+		t.Error(got)
 	}
 }
 

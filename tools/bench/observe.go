@@ -3,10 +3,12 @@ package bench
 import (
 	"context"
 	"errors"
+	"slices"
 	"time"
 
 	"github.com/ckagent/ckagent/agent/qmp"
 	"github.com/ckagent/ckagent/tools/bench/report"
+	"github.com/ckagent/ckagent/tools/vmtest"
 )
 
 // window is how long before and after an operation the guest is looked at.
@@ -20,8 +22,8 @@ const settle = 600 * time.Millisecond
 const (
 	fPause    = "pause"     // STOP to RESUME
 	fGap      = "gap"       // longest silence of the vCPU around it
-	fAtPause  = "at_pause"  // the silence that covers the pause
-	fCalm     = "calm"      // the same in the window before
+	fAtPause  = "at_pause"  // the pause as the vCPU's silence shows it
+	fCalm     = "calm"      // longest silence in as long a time with nothing going on
 	fTotal    = "total"     // command to its end
 	fLost     = "lost"      // share of the guest's work
 	fLostTime = "lost_time" // the same as time: share times total
@@ -104,7 +106,10 @@ func (g *guest) measure(ctx context.Context, dir string, op operation) (*observa
 	}
 	g.gapSeen(o, begin, end)
 	if gap, _, ok := g.Beats().LongestGap(stop, resume); ok {
-		figs[fAtPause] = float64(gap)
+		// The guest's clock stands still in the pause: the rest of the interval in
+		// which it was stopped passes after it. So the silence is the pause and one
+		// interval.
+		figs[fAtPause] = float64(gap - usualGap(g.Beats().Between(begin.Add(-window), begin)))
 	}
 	if done, ok := g.work.between(begin, end); ok {
 		if usual, ok := g.work.between(begin.Add(-window), begin); ok && usual > 0 {
@@ -147,15 +152,36 @@ func (g *guest) gapSeen(o *observation, begin, end time.Time) {
 	if gap, _, ok := b.LongestGap(begin.Add(-window), end.Add(window)); ok {
 		o.figures[fGap] = float64(gap)
 	}
-	if gap, _, ok := b.LongestGap(begin.Add(-window), begin); ok {
-		o.figures[fCalm] = float64(gap)
-	}
 	beats := b.Between(begin.Add(-window), end.Add(window))
 	for i := 1; i < len(beats); i++ {
 		if d := beats[i].At.Sub(beats[i-1].At); d >= time.Millisecond {
 			o.gaps = append(o.gaps, report.Point{X: beats[i-1].At.Sub(begin).Seconds(), Y: d.Seconds() * 1e3})
 		}
 	}
+}
+
+// usualGap is the median time between two beats.
+func usualGap(beats []vmtest.Beat) time.Duration {
+	if len(beats) < 2 {
+		return 0
+	}
+	var gaps []time.Duration
+	for i := 1; i < len(beats); i++ {
+		gaps = append(gaps, beats[i].At.Sub(beats[i-1].At))
+	}
+	slices.Sort(gaps)
+	return gaps[len(gaps)/2]
+}
+
+// calm is the longest silence of the vCPU within d when nobody does anything to the
+// guest: what the guest and the host cause by themselves.
+func (g *guest) calm(ctx context.Context, d time.Duration) (ns float64, ok bool, err error) {
+	from := time.Now()
+	if err := wait(ctx, d); err != nil {
+		return 0, false, err
+	}
+	gap, _, ok := g.Beats().LongestGap(from, time.Now())
+	return float64(gap), ok, nil
 }
 
 func drainEvents(s *qmp.Subscription) {

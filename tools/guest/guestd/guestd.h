@@ -56,7 +56,9 @@ void log_report(void);
 void log_audit(void);    // GD_LOGCHECK: says what is on the disk, unmounts it and powers off
 void net_start(void);    // net.c
 void files_start(void);  // files.c
-void spin_start(void);   // spin.c
+void spin_init(void);    // spin.c: before any thread that beats
+void spin_start(void);
+void beat(long cpu);     // shows the host that this vCPU runs, if it is the spinning one and time for it
 void ws_start(void);     // ws.c
 void ga_start(void);     // ga.c
 extern _Atomic bool ga_frozen; // file systems are frozen: whoever writes files waits

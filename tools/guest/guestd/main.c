@@ -202,6 +202,7 @@ int main(void) {
 	uname(&u);
 	say("INIT up kernel=%s cpus=%ld mono_us=%llu", u.release, sysconf(_SC_NPROCESSORS_ONLN),
 	    (unsigned long long)(mono_ns() / 1000));
+	spin_init();
 	spawn(ticker, NULL, "tick");
 	net_start();
 	disk_start();

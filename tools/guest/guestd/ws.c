@@ -207,7 +207,8 @@ static void break_one(struct set *s) {
 
 static void *writer(void *arg) {
 	struct set *s = arg;
-	pin(s->id % (unsigned)sysconf(_SC_NPROCESSORS_ONLN));
+	long cpu = s->id % sysconf(_SC_NPROCESSORS_ONLN);
+	pin(cpu);
 	u64 start = mono_ns(), wrote = 0, swept = 0;
 	for (;;) {
 		u64 now = mono_ns();
@@ -219,13 +220,16 @@ static void *writer(void *arg) {
 			atomic_fetch_add_explicit(&s->late, due - wrote - rate / 5 - 64, memory_order_relaxed);
 			wrote = due - rate / 5 - 64;
 		}
-		for (unsigned n = 0; wrote < due && n < 256; n++, wrote += MEMBERS)
+		for (unsigned n = 0; wrote < due && n < 256; n++, wrote += MEMBERS) {
 			update(s, pick(s));
+			beat(cpu);
+		}
 		u64 sweep_due = (u64)(elapsed * (double)sweep_rate);
 		if (sweep_due > swept + sweep_rate / 5 + 64)
 			swept = sweep_due - sweep_rate / 5 - 64;
 		for (unsigned n = 0; swept < sweep_due && n < 64; n++, swept += MEMBERS) {
 			verify(s, s->sweep);
+			beat(cpu);
 			if (++s->sweep == s->groups) {
 				s->sweep = 0;
 				atomic_fetch_add(&s->sweeps, 1);
