@@ -13,6 +13,7 @@ import (
 	"unsafe"
 
 	"go.uber.org/goleak"
+	"golang.org/x/sys/unix"
 )
 
 func TestMain(m *testing.M) { goleak.VerifyTestMain(m) }
@@ -267,5 +268,60 @@ func TestSlackSparesWakes(t *testing.T) {
 	take()
 	if !<-reserved || time.Since(begin) > time.Minute/2 {
 		t.Fatal("not woken by the last record")
+	}
+}
+
+// Records that come one by one, faster than a lull, do not wake the consumer one
+// by one; a single one and the end arrive all the same.
+func TestConsumerIsNotWokenForEachRecord(t *testing.T) {
+	a, f, err := Create([]int{4096})
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer a.Close()
+	defer f.Close()
+	r := a.Ring(0)
+	const records = 2000
+	sent := make(chan bool, 1)
+	go func() {
+		ok := true
+		for i := range uint64(records) {
+			for until := time.Now().Add(20 * time.Microsecond); time.Now().Before(until); {
+			}
+			_, room := r.Reserve(1, time.Minute)
+			ok = ok && room
+			r.Publish(0, i, 1, ByFault)
+		}
+		sent <- ok && r.Finish(time.Minute)
+	}()
+	runtime.LockOSThread()
+	defer runtime.UnlockOSThread()
+	var before, after unix.Rusage
+	if err := unix.Getrusage(unix.RUSAGE_THREAD, &before); err != nil {
+		t.Fatal(err)
+	}
+	got := uint64(0)
+	for {
+		rec, ok, done, err := r.Next(10 * time.Second)
+		if err != nil || !ok && !done {
+			t.Fatalf("record %d: %v, %v", got, ok, err)
+		}
+		if done {
+			break
+		}
+		if rec.First != got {
+			t.Fatalf("record %d came as number %d", rec.First, got)
+		}
+		got++
+		r.Done()
+	}
+	if err := unix.Getrusage(unix.RUSAGE_THREAD, &after); err != nil {
+		t.Fatal(err)
+	}
+	if !<-sent || got != records {
+		t.Fatalf("%d records arrived", got)
+	}
+	if slept := after.Nvcsw - before.Nvcsw; slept > records/4 {
+		t.Errorf("the consumer slept %d times for %d records", slept, records)
 	}
 }

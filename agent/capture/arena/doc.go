@@ -17,7 +17,8 @@
 // hurry gives itself slack (SetSlack), so that it is not woken for every record given
 // back. Waiting is by futex
 // on the index words' companions, which works across the two processes; there
-// are no locks.
+// are no locks. A consumer that has emptied its ring is not woken for each record
+// that follows: for a moment it lets them gather.
 //
 // # Failure modes
 //

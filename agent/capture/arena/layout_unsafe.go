@@ -13,13 +13,13 @@ import (
 type ringControl struct {
 	headSlot      uint64 // producer: records published
 	headSeq       uint32 // producer: futex word, counts publications
-	consumerWaits uint32 // consumer: 1 while it sleeps on headSeq
+	consumerWaits uint32 // consumer: what it sleeps on headSeq for, 0: awake
 	wantPage      uint64 // producer: the data position to be woken at while it sleeps on tailSeq
 	_             [104]byte
 	tailPage      uint64 // consumer: data position given back
 	tailSlot      uint64 // consumer: records given back
 	tailSeq       uint32 // consumer: futex word, counts returns
-	producerWaits uint32 // producer: 1 while it sleeps on tailSeq
+	producerWaits uint32 // producer: wakeNow while it sleeps on tailSeq
 }
 
 // slot is one record as it stands in shared memory.

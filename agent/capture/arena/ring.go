@@ -95,16 +95,22 @@ func (r *Ring) WaitRecords(n int, wait time.Duration) bool {
 func (r *Ring) waitSpace(end, records uint64, wait time.Duration) bool {
 	// Not beyond what was published, or nobody would ever get there.
 	atomic.StoreUint64(&r.h.wantPage, min(max(end, r.pages)-r.pages+r.slack, r.lastPage))
-	return await(&r.h.tailSeq, &r.h.producerWaits, wait, func() bool {
+	return await(&r.h.tailSeq, &r.h.producerWaits, wakeNow, wait, func() bool {
 		return end-atomic.LoadUint64(&r.h.tailPage) <= r.pages &&
 			r.headSlot+records-atomic.LoadUint64(&r.h.tailSlot) <= uint64(len(r.slots))
 	})
 }
 
-// await waits until ready, looking again whenever the peer has changed seq; waits
-// tells the peer that somebody sleeps. The sequence is read before ready looks, so
-// a change in between ends the sleep at once.
-func await(seq, waits *uint32, wait time.Duration, ready func() bool) bool {
+// What one who sleeps wants to be woken for.
+const (
+	wakeNow   = 1 // anything
+	wakeBatch = 2 // as much as is worth it; otherwise it wakes by itself
+)
+
+// await waits until ready, looking again whenever the peer has changed seq and
+// wakes us; waits tells the peer that somebody sleeps, and what for. The sequence
+// is read before ready looks, so a change in between ends the sleep at once.
+func await(seq, waits *uint32, what uint32, wait time.Duration, ready func() bool) bool {
 	var deadline time.Time
 	for {
 		seen := atomic.LoadUint32(seq)
@@ -119,7 +125,7 @@ func await(seq, waits *uint32, wait time.Duration, ready func() bool) bool {
 		if left <= 0 {
 			return false
 		}
-		atomic.StoreUint32(waits, 1)
+		atomic.StoreUint32(waits, what)
 		if atomic.LoadUint32(seq) == seen {
 			futexWait(seq, seen, left)
 		}
@@ -165,9 +171,20 @@ func (r *Ring) put(s slot) {
 	r.headSlot++
 	atomic.StoreUint64(&r.h.headSlot, r.headSlot)
 	atomic.AddUint32(&r.h.headSeq, 1)
-	if atomic.LoadUint32(&r.h.consumerWaits) != 0 {
+	switch atomic.LoadUint32(&r.h.consumerWaits) {
+	case wakeNow:
 		futexWake(&r.h.headSeq)
+	case wakeBatch:
+		if Origin(s.flags) == end || r.isBatch() {
+			futexWake(&r.h.headSeq)
+		}
 	}
+}
+
+// isBatch reports whether so much waits for the consumer that it should come now.
+func (r *Ring) isBatch() bool {
+	return r.headSlot-atomic.LoadUint64(&r.h.tailSlot) >= uint64(len(r.slots))/16 ||
+		r.headPage-atomic.LoadUint64(&r.h.tailPage) >= r.pages/16
 }
 
 // Next returns the next record. ok is false when none came within wait; done is
@@ -195,10 +212,16 @@ func (r *Ring) Next(wait time.Duration) (rec Record, ok, done bool, err error) {
 	return rec, true, false, nil
 }
 
+// lull is how long the consumer lets records gather before it looks again. To wake
+// somebody costs about as much as to capture a page, on both sides and, where
+// processors are few, the guest its own; so no more than one record in a lull does.
+const lull = time.Millisecond
+
 func (r *Ring) waitRecord(wait time.Duration) bool {
-	return await(&r.h.headSeq, &r.h.consumerWaits, wait, func() bool {
-		return atomic.LoadUint64(&r.h.headSlot) != r.tailSlot
-	})
+	ready := func() bool { return atomic.LoadUint64(&r.h.headSlot) != r.tailSlot }
+	nap := min(wait, lull)
+	return await(&r.h.headSeq, &r.h.consumerWaits, wakeBatch, nap, ready) ||
+		await(&r.h.headSeq, &r.h.consumerWaits, wakeNow, wait-nap, ready)
 }
 
 // Done gives the last record's data back to the producer.
