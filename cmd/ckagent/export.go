@@ -78,7 +78,11 @@ func runExport(c *cobra.Command, a *app, o *exportOptions, ref string) (err erro
 			return problem.New(problem.Refused, "export", img.Manifest().ID, "standard output is a terminal").
 				WithHint("send it into a pipe or a file, or name one: -o FILE")
 		}
-		sum, err := export.Write(c.Context(), img.Reader, a.out, eo)
+		// From here on the data has standard output to itself: an error as JSON in
+		// the middle of it would be taken for memory.
+		out := a.out
+		a.out = a.err
+		sum, err := export.Write(c.Context(), img.Reader, out, eo)
 		if err != nil {
 			return err
 		}

@@ -101,6 +101,11 @@ func TestExport(t *testing.T) {
 			if left, _ := filepath.Glob(filepath.Join(dir, "*damaged*")); len(left) > 0 {
 				t.Errorf("%s: left behind: %q", format, left)
 			}
+			// On a pipe the data has standard output to itself.
+			r := x.run(t, "export", id, "--store", x.store, "--format", format, "--json")
+			if r.code != exitIntegrity || strings.Contains(r.out, "ckagent.error") || !strings.Contains(r.err, `"code":"integrity"`) {
+				t.Errorf("%s: exit %d, standard error %s", format, r.code, r.err)
+			}
 		}
 	})
 }
