@@ -259,7 +259,8 @@ func (p *pause) resume(ctx context.Context, tm *Timing, check bool) error {
 		err = calls[0].Wait(ctx, nil)
 	}
 	if qmp.IsManagerPaused(err) {
-		err = nil // somebody wants it to stand still: it is theirs now
+		p.journal.Resumed() // it is not ours any more
+		return p.meddled("paused the VM")
 	}
 	if err != nil {
 		return p.failed("resume", err)

@@ -68,7 +68,7 @@ start_domain() {
 	local from=0
 	[ ! -e "$SERIAL" ] || from=$(mark)
 	virsh start demo >/dev/null || die "virsh start"
-	until_true 60 said "$from" '^READY ' || die "the guest did not come up"
+	until_true 120 said "$from" '^READY ' || die "the guest did not come up"
 	PID=$(cat /run/libvirt/qemu/demo.pid)
 }
 

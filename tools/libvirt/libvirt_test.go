@@ -19,7 +19,7 @@ import (
 func TestMain(m *testing.M) { goleak.VerifyTestMain(m) }
 
 // limit is for a story on a machine that is busy with other things.
-const limit = 4 * time.Minute
+const limit = 6 * time.Minute
 
 // story runs a script with a release binary and the guest at hand.
 func story(t *testing.T, name string) {
