@@ -271,7 +271,7 @@ func (p *pause) resume(ctx context.Context, tm *Timing, check bool) error {
 }
 
 func (p *pause) failed(op string, err error) error {
-	code := problem.Failed
+	code := problem.CodeOf(err)
 	if errors.Is(err, context.Canceled) {
 		code = problem.Cancelled
 	}

@@ -9,6 +9,8 @@ import (
 	"os"
 	"strconv"
 	"time"
+
+	"github.com/ckagent/ckagent/agent/problem"
 )
 
 // Request is a command ready to be sent, any number of times and on any client:
@@ -118,6 +120,10 @@ func (k *Call) failure() error {
 		e := new(Error)
 		if err := json.Unmarshal(k.qerr, e); err != nil {
 			return fmt.Errorf("qmp %s: error reply of an unexpected form: %w", k.command, errors.Join(ErrProtocol, err))
+		}
+		if e.Class == ClassLibvirtBusy {
+			return problem.New(problem.Busy, "qmp", k.command, "%w", e).
+				WithHint("a job of libvirt's (a save, a migration, a snapshot) has the domain; wait for it to end")
 		}
 		return fmt.Errorf("qmp %s: %w", k.command, e)
 	}

@@ -12,6 +12,7 @@ import (
 
 	"github.com/ckagent/ckagent/agent/libvirt"
 	"github.com/ckagent/ckagent/agent/libvirt/libvirttest"
+	"github.com/ckagent/ckagent/agent/problem"
 )
 
 // newManaged returns a client whose commands a daemon carries out.
@@ -196,6 +197,9 @@ func TestRelayRefusals(t *testing.T) {
 		err := c.Execute(ctx, command, nil, nil)
 		if e, ok := errors.AsType[*Error](err); !ok || e.Class != class {
 			t.Errorf("%s: %v", command, err)
+		}
+		if busy := class == ClassLibvirtBusy; busy != problem.Is(err, problem.Busy) {
+			t.Errorf("%s: code %v", command, problem.CodeOf(err))
 		}
 	}
 	if err := c.Execute(ctx, "cont", nil, nil); err != nil {
