@@ -158,9 +158,20 @@ func (s *Sampled) look(units []estimate.Unit) error {
 // Curve is what was learned of G(T).
 func (s *Sampled) Curve() *estimate.Curve { return &s.curve }
 
-// Heat is how many pages of each 2 MiB are expected to be written per window, block
-// after block as the pages are numbered.
-func (s *Sampled) Heat() []float64 { return s.sampler.Heat(HeatPages, nil) }
+// Heat is how many pages of each 2 MiB of each block are expected to be written per
+// window.
+func (s *Sampled) Heat() [][]float64 {
+	unit := s.sampler.Heat(unitPages, nil)
+	out := make([][]float64, 0, len(s.t.Blocks))
+	for _, b := range s.t.Blocks {
+		heat := make([]float64, (b.Pages()+HeatPages-1)/HeatPages)
+		for p := uint64(0); p < b.Pages(); p += unitPages {
+			heat[p/HeatPages] += unit[(b.First+p)/unitPages]
+		}
+		out = append(out, heat)
+	}
+	return out
+}
 
 // Shares are what the pages written consist of.
 func (s *Sampled) Shares() (estimate.Shares, bool) {
@@ -245,11 +256,26 @@ func (p *panel) total(now time.Time) (estimate.Estimate, time.Duration, error) {
 	return p.last, p.over, nil
 }
 
+// pagesIn estimates the pages of one block written since the beginning.
+func (p *panel) pagesIn(b Block) uint64 {
+	if p == nil {
+		return 0
+	}
+	var sum float64
+	for _, u := range p.units {
+		if first := uint64(u.Index) * unitPages; first >= b.First && first < b.First+b.Pages() {
+			sum += u.Weight * float64(u.Written)
+		}
+	}
+	return uint64(sum)
+}
+
 // SampledResult is a whole sampled measurement.
 type SampledResult struct {
 	Time, Interval time.Duration
 	Windows        int
 	Rate, Error    float64 // pages per second, mean over the windows and half its 95 % interval
+	Spread, Peak   float64 // standard deviation and highest of the windows' rates
 	WSSPages       float64
 	WSSError       float64
 	WSSOver        time.Duration
@@ -257,7 +283,8 @@ type SampledResult struct {
 	Busy           time.Duration
 	Curve          *estimate.Curve
 	Shares         *estimate.Shares
-	Heat           []float64
+	Blocks         []BlockRate
+	Heat           [][]float64 // pages per second in each 2 MiB, block after block
 }
 
 // MeasureSampled runs windows until the time is over or ctx ends.
@@ -267,6 +294,7 @@ func (t *Tracker) MeasureSampled(ctx context.Context, whole, interval time.Durat
 	begin := time.Now()
 	var sum, squares, armed, weight float64
 	var ctxErr error
+	var rates []float64
 	for time.Since(begin) < whole {
 		w, err := s.Window(ctx, interval)
 		if ctx.Err() != nil {
@@ -279,6 +307,7 @@ func (t *Tracker) MeasureSampled(ctx context.Context, whole, interval time.Durat
 		if window != nil {
 			window(w)
 		}
+		rates = append(rates, w.Rate)
 		r.Windows++
 		r.Interval += w.Time
 		r.Busy += w.Busy
@@ -296,7 +325,20 @@ func (t *Tracker) MeasureSampled(ctx context.Context, whole, interval time.Durat
 	r.Interval /= time.Duration(r.Windows)
 	r.Rate, r.Error, r.Armed = sum/weight, math.Sqrt(squares)/weight, armed/n
 	r.WSSPages, r.WSSError, r.WSSOver = s.WSS()
+	for _, x := range rates {
+		r.Spread += (x - r.Rate) * (x - r.Rate) / n
+		r.Peak = max(r.Peak, x)
+	}
+	r.Spread = math.Sqrt(r.Spread)
 	r.Heat = s.Heat()
+	for i, b := range t.Blocks {
+		k := BlockRate{Name: b.Name, WSSPages: s.panel.pagesIn(b)}
+		for j := range r.Heat[i] {
+			r.Heat[i][j] /= r.Interval.Seconds()
+			k.Rate += r.Heat[i][j]
+		}
+		r.Blocks = append(r.Blocks, k)
+	}
 	if sh, ok := s.Shares(); ok {
 		r.Shares = &sh
 	}

@@ -101,7 +101,7 @@ func collect(t testing.TB, take func(func(first, count uint64)) error) (pages []
 func TestTakesWhatWasWritten(t *testing.T) {
 	a, b := newMemory(t, "a", 700), newMemory(t, "b", 1100)
 	rom := newMemory(t, "rom", 16)
-	rom.block.ReadOnly = true
+	rom.block.ReadOnly, rom.block.Main = true, false
 	tr := open(t, counter(t), a.block, rom.block, b.block)
 	if tr.Pages() != 1800 || len(tr.Blocks) != 2 || len(tr.Skipped) != 1 {
 		t.Fatalf("%d pages, %+v, skipped %+v", tr.Pages(), tr.Blocks, tr.Skipped)

@@ -113,7 +113,8 @@ func (t *Tracker) register(blocks []vm.RAMBlock) error {
 	for i := range blocks {
 		b := &blocks[i]
 		n := (b.TotalBytes + pageBytes - 1) &^ (pageBytes - 1)
-		if b.ReadOnly {
+		// Main memory counts as read-only if a part of it shows as ROM (shadowed BIOS).
+		if b.ReadOnly && !b.Main {
 			t.Skipped = append(t.Skipped, Skipped{b.Name, n, "the guest cannot write it"})
 			continue
 		}
@@ -135,7 +136,7 @@ func (t *Tracker) register(blocks []vm.RAMBlock) error {
 		}
 	}
 	if len(t.Blocks) == 0 {
-		return problem.New(problem.Refused, "track", t.object, "no memory that can be tracked")
+		return problem.New(problem.Refused, "track", t.object, "no memory that can be tracked: %+v", t.Skipped)
 	}
 	return nil
 }

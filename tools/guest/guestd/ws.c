@@ -54,6 +54,7 @@ static struct set sets[MAX_THREADS];
 static unsigned nsets;
 static u64 rate;       // pages per second and thread; 0: as fast as it goes
 static u64 sweep_rate; // pages per second and thread
+static enum { RANDOM, SEQUENTIAL, HOT } pattern;
 static enum { NONE, WORD, STALE, EARLY, COUNTER } corrupt;
 static u64 corrupt_at_ns;
 static const char *const corrupt_names[] = {"none", "word", "stale", "early", "counter"};
@@ -175,9 +176,17 @@ static void update(struct set *s, u64 group) {
 	commit(s, group);
 }
 
-static u64 pick(struct set *s) {
+static u64 random_of(struct set *s, u64 n) {
 	s->rng ^= s->rng << 13, s->rng ^= s->rng >> 7, s->rng ^= s->rng << 17; // xorshift64 (Marsaglia 2003)
-	return s->rng % s->writable;
+	return s->rng % n;
+}
+
+static u64 pick(struct set *s) {
+	if (pattern == SEQUENTIAL)
+		return s->op % s->writable;
+	if (pattern == HOT && random_of(s, 10)) // nine of ten to a sixteenth of the groups
+		return random_of(s, s->writable / 16 ? s->writable / 16 : 1);
+	return random_of(s, s->writable);
 }
 
 static void break_one(struct set *s) {
@@ -280,6 +289,8 @@ void ws_start(void) {
 	u64 words = param_u64("WORDS", WORDS);
 	if (words < 8 || words > WORDS)
 		words = WORDS;
+	const char *order = param("PATTERN", "random");
+	pattern = *order == 's' ? SEQUENTIAL : *order == 'h' ? HOT : RANDOM;
 	const char *c = param("CORRUPT", "");
 	for (unsigned k = WORD; k <= COUNTER; k++)
 		if (!strncmp(c, corrupt_names[k], strlen(corrupt_names[k]))) {

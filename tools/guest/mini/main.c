@@ -175,6 +175,7 @@ static struct note { u32 group, seq; } journal[JOURNAL] __attribute__((aligned(P
 static volatile u32 front[WORDS] __attribute__((aligned(PAGE))), back[WORDS] __attribute__((aligned(PAGE)));
 static u32 *mem, groups, writable, stride, op, rng = 2463534242u, sweep_at, sweeps;
 static u64 written, verified, bad;
+static enum { RANDOM, SEQUENTIAL, HOT } pattern;
 static enum { NONE, WORD, STALE, EARLY, COUNTER } corrupt;
 static const char *const corrupt_names[] = {"none", "word", "stale", "early", "counter"};
 
@@ -275,9 +276,16 @@ static void update(u32 group) {
 	verify(group);
 	commit(group);
 }
-static u32 pick(void) {
+static u32 random(void) {
 	rng ^= rng << 13, rng ^= rng >> 17, rng ^= rng << 5; // xorshift32 (Marsaglia 2003)
-	return rng % writable;
+	return rng;
+}
+static u32 pick(void) {
+	if (pattern == SEQUENTIAL)
+		return op % writable;
+	if (pattern == HOT && random() % 10) // nine of ten to a sixteenth of the groups
+		return random() % (writable / 16 ? writable / 16 : 1);
+	return random() % writable;
 }
 
 static void break_one(void) {
@@ -337,6 +345,8 @@ void mini_main(u32 magic, const struct multiboot_info *info) {
 	if (words < 8 || words > WORDS)
 		words = WORDS;
 	stride = WORDS / words;
+	const char *order = arg_text("pattern");
+	pattern = !order || *order == 'r' ? RANDOM : *order == 's' ? SEQUENTIAL : HOT;
 	text("INIT up kernel=mini cpus=1");
 	field("mono_us", now_us());
 	field("tsc_khz", ticks_per_ms);
