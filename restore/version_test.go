@@ -2,11 +2,15 @@ package restore
 
 import (
 	"encoding/binary"
+	"errors"
 	"os"
 	"os/exec"
+	"path/filepath"
 	"strings"
 	"testing"
 
+	"github.com/ckagent/ckagent/agent/image"
+	"github.com/ckagent/ckagent/agent/problem"
 	"github.com/ckagent/ckagent/agent/qmp"
 	"github.com/ckagent/ckagent/agent/vm/vmstate"
 )
@@ -81,5 +85,22 @@ func TestNewerSection(t *testing.T) {
 		if _, err := newerSection(state, []byte(bad)); err == nil {
 			t.Errorf("%q was taken for a list", bad)
 		}
+	}
+}
+
+// TestOlderThatFails has a load fail that every check had let pass.
+func TestOlderThatFails(t *testing.T) {
+	log := filepath.Join(t.TempDir(), "log")
+	if err := os.WriteFile(log, []byte("qemu-system-x86_64: Unknown savevm section or instance 'new' 0\n"), 0o600); err != nil {
+		t.Fatal(err)
+	}
+	x := &run{m: &image.Manifest{QEMU: image.QEMU{Version: "10.0.2"}}, q: &qemu{log: log}}
+	if err := x.loadError(t.Context(), errLoad); !problem.Is(err, problem.Failed) {
+		t.Errorf("of the same version: %v", err)
+	}
+	x.older = true
+	if err := x.loadError(t.Context(), errLoad); !problem.Is(err, problem.Refused) || !errors.Is(err, errLoad) ||
+		!strings.Contains(err.Error(), "Unknown savevm section") || !strings.Contains(err.Error(), "older than QEMU 10.0.2") {
+		t.Errorf("%v", err)
 	}
 }
