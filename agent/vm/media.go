@@ -314,9 +314,9 @@ func (d *describer) blockdev(ctx context.Context, k *Disk) (string, error) {
 			protocol = n.Drv
 		}
 	}
-	if protocol == "" || !plainFile(k.File) || k.Driver != "raw" && k.Driver != "qcow2" || !k.ReadOnly {
+	if protocol == "" || !plainFile(k.File) || k.Driver != "raw" && k.Driver != "qcow2" {
 		d.c.refuse("changed-medium", k.Name, fmt.Sprintf("the image attached at run time (%s, %s) cannot be described", k.Driver, k.File),
-			"use a read-only raw or qcow2 file")
+			"use a raw or qcow2 file")
 		return "", nil
 	}
 	name := k.Node
@@ -324,8 +324,8 @@ func (d *describer) blockdev(ctx context.Context, k *Disk) (string, error) {
 		d.made++
 		name = "ckagent-medium-" + strconv.Itoa(d.made)
 	}
-	text, err := json.Marshal(map[string]any{"driver": k.Driver, "node-name": name, "read-only": true,
-		"file": map[string]any{"driver": protocol, "filename": k.File, "read-only": true}})
+	text, err := json.Marshal(map[string]any{"driver": k.Driver, "node-name": name, "read-only": k.ReadOnly,
+		"file": map[string]any{"driver": protocol, "filename": k.File, "read-only": k.ReadOnly}})
 	if err != nil {
 		return "", err
 	}

@@ -1,7 +1,7 @@
 #!/bin/bash
 # host.sh COMMAND...: runs a command where a libvirtd of its own runs, as root, on a
 # machine without systemd: in mount, pid and network namespaces of its own, with
-# empty /etc/libvirt, /var/lib/libvirt, /run/libvirt, /run/ckagent and a user
+# empty directories for libvirt and ckagent in /etc, /var and /run, and a user
 # libvirt-qemu that exists nowhere else. A libvirtd of the host's is neither seen
 # nor touched, and everything ends with the command.
 #
@@ -25,7 +25,7 @@ if [ "${1:-}" != --inside ]; then
 	status=0
 	# What is bound to here must be there; it is taken away if it was not.
 	new=
-	for dir in /etc/libvirt /var/lib/libvirt /run/libvirt /var/log/libvirt /var/cache/libvirt /run/ckagent; do
+	for dir in /etc/libvirt /var/lib/libvirt /run/libvirt /var/log/libvirt /var/cache/libvirt /run/ckagent /var/lib/ckagent-restored; do
 		[ -d "$dir" ] || { mkdir -p "$dir"; new="$new $dir"; }
 	done
 	unshare --mount --pid --net --fork --kill-child --mount-proc "$0" --inside "$@" || status=$?
@@ -36,7 +36,7 @@ fi
 shift
 
 ip link set lo up
-for dir in /etc/libvirt /var/lib/libvirt /run/libvirt /var/log/libvirt /var/cache/libvirt /run/ckagent; do
+for dir in /etc/libvirt /var/lib/libvirt /run/libvirt /var/log/libvirt /var/cache/libvirt /run/ckagent /var/lib/ckagent-restored; do
 	mount -t tmpfs -o mode=755 tmpfs "$dir"
 done
 for db in passwd group; do

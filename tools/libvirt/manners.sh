@@ -95,6 +95,8 @@ virsh resume demo >/dev/null
 
 say "snapshot and blockcommit"
 virsh snapshot-create-as demo s1 --disk-only --atomic --no-metadata --diskspec "vda,file=$LAB/over.qcow2" >/dev/null || die snapshot
+"$CKAGENT" checkpoint "$PID" --store "$STORE" --json >"$LAB/overlay.json" || die "checkpoint of the overlay"
+overlay=$(field id <"$LAB/overlay.json")
 virsh blockcommit demo vda --active --pivot --wait >/dev/null || die blockcommit
 "$CKAGENT" checkpoint "$PID" --store "$STORE" >/dev/null || die "checkpoint after blockcommit"
 untouched
@@ -127,4 +129,16 @@ next=$(last "$from" next)
 echo "$wrote files fsynced before, next is $next"
 healthy
 virsh destroy demo >/dev/null
+
+say "a checkpoint with the overlay comes back by itself, with its disk"
+"$CKAGENT" restore "$overlay" --store "$STORE" --json >"$LAB/restore.json" || die "restore"
+own=$(field qemu_pid <"$LAB/restore.json")
+(
+	SERIAL=$(field run_dir <"$LAB/restore.json")/charserial0.log
+	wrote() { [ "$(serial | grep -c '^FILES wrote=')" -ge 4 ]; }
+	until_true 30 wrote || die "the guest does not carry on"
+	healthy
+) || exit 1
+kill -9 "$own"
+qemu-img check -q "$LAB/disk.qcow2" || die "the disk is damaged"
 say "done"
