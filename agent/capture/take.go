@@ -330,6 +330,11 @@ func (s *session) capture(ctx context.Context) (hot image.HotRuns, err error) {
 		return nil, err
 	}
 	defer func() { err = errors.Join(err, undo()) }()
+	balloon, err := s.watchBalloon(ctx)
+	if err != nil {
+		return nil, err
+	}
+	defer balloon.close()
 	if w.cow != nil { // last, so that little is dirty when the guest stops
 		if err := w.cow.srv.Rearm(ctx); err != nil {
 			return nil, s.captureError("arm RAM", err)
@@ -348,6 +353,9 @@ func (s *session) capture(ctx context.Context) (hot image.HotRuns, err error) {
 		return nil, err
 	}
 	if err := after(ctx); err != nil {
+		return nil, err
+	}
+	if err := balloon.broken(ctx, s); err != nil {
 		return nil, err
 	}
 	begin := time.Now()

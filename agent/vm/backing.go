@@ -93,6 +93,9 @@ func unescapePath(s string) string { return strings.ReplaceAll(s, `\012`, "\n") 
 // this block, and if not, why: the kernel accepts anonymous memory, shmem (tmpfs,
 // memfd, also mapped privately) and hugetlbfs.
 func (b *RAMBlock) CanWriteProtect() (bool, string) {
+	if b.Reported {
+		return false, "the guest reports its free pages (free-page-reporting=on), and in a file one that is used again leaves no trace of it; anonymous memory does"
+	}
 	switch b.Backing {
 	case Anonymous, AnonShared, Memfd, Hugetlb:
 		return true, ""

@@ -30,6 +30,10 @@ var plainProperties = map[string]bool{
 	"serial": true, "ver": true, "name": true, "vendor": true, "product": true, "romfile": true, "failover_pair_id": true,
 }
 
+// bootROM are devices that bring a ROM of their own unless they are told not to, by
+// an empty name.
+var bootROM = map[string]bool{"virtio-net-pci": true, "e1000": true, "e1000e": true, "rtl8139": true}
+
 // skippedProperties are never arguments: the device sets them itself.
 var skippedProperties = map[string]bool{
 	"type": true, "realized": true, "hotplugged": true, "hotpluggable": true, "parent_bus": true, "addr": true, "busnr": true,
@@ -191,7 +195,7 @@ func (d *describer) device(ctx context.Context, path, id, typ, bus string) error
 		if err != nil {
 			continue // write-only, which no argument needs
 		}
-		if p.Default != nil && sameJSON(v, p.Default) || p.Default == nil && bytes.Equal(v, []byte(`""`)) {
+		if p.Default != nil && sameJSON(v, p.Default) || p.Default == nil && bytes.Equal(v, []byte(`""`)) && !(p.Name == "romfile" && bootROM[typ]) {
 			continue
 		}
 		// A link to an object of the device's own, as the backend that virtio-rng

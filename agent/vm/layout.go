@@ -30,6 +30,7 @@ type RAMBlock struct {
 	Shared     bool       `json:"shared"`              // MAP_SHARED
 	ReadOnly   bool       `json:"read_only"`           // the guest cannot write it (ROM), as far as is known
 	Main       bool       `json:"main"`                // guest RAM proper (a memory backend), as against ROM, VGA, pflash, tables
+	Reported   bool       `json:"reported,omitempty"`  // a page of it may be discarded and used again without a trace
 	How        string     `json:"how"`                 // what found it, see the How constants
 	VMAs       []VMA      `json:"vmas,omitempty"`      // adjacent, covering [HVA, HVA+TotalBytes)
 }

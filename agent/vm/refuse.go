@@ -290,7 +290,7 @@ func refuseBlock(b *RAMBlock, vmas []VMA) []Refusal {
 	switch b.Backing {
 	case Hugetlb:
 		out = append(out, Refusal{Code: "hugetlbfs", Object: b.Name,
-			Reason: fmt.Sprintf("it lies in huge pages of %d KiB from hugetlbfs, which is not proven", b.PageBytes>>10),
+			Reason: fmt.Sprintf("it lies in huge pages of %d KiB from hugetlbfs, where a page that is given back and used again leaves no trace, so that no copy could be proved", b.PageBytes>>10),
 			Advice: "use transparent huge pages (no mem-path, no hugetlb=on)"})
 	case Device:
 		out = append(out, Refusal{Code: "device-memory", Object: b.Name, Reason: "it is a mapping of the device " + b.FilePath,

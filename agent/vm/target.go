@@ -253,6 +253,9 @@ func (t *Target) Layout(ctx context.Context) ([]RAMBlock, error) {
 	if err != nil {
 		return nil, err
 	}
+	if err := t.markReported(ctx, blocks); err != nil {
+		return nil, problem.New(problem.CodeOf(err), "look at the balloon", t.Process.String(), "%w", err)
+	}
 	t.Blocks, t.fresh = blocks, true
 	return blocks, nil
 }
