@@ -49,6 +49,9 @@ func recordMachine(p *vm.Process, m vm.Machine) (image.Machine, image.QEMU) {
 	if d := m.Libvirt; d != nil {
 		out.LibvirtXML = d.XML
 		out.Facts[image.FactLibvirtURI], out.Facts[image.FactLibvirtSocket] = d.URI, d.Socket
+		if d.Redacted {
+			out.Facts[image.FactLibvirtSecrets] = "missing"
+		}
 	}
 	return out, image.QEMU{Version: m.QEMUVersion, Package: m.QEMUPackage, BinaryPath: m.Binary}
 }

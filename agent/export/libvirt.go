@@ -7,6 +7,7 @@ import (
 	"io"
 	"strings"
 
+	"github.com/ckagent/ckagent/agent/image"
 	"github.com/ckagent/ckagent/agent/problem"
 )
 
@@ -28,6 +29,10 @@ func writeLibvirt(x *exporter) error {
 	text := x.o.XML
 	if text == "" {
 		text = x.m.Machine.LibvirtXML
+	}
+	if x.o.XML == "" && x.m.Machine.Facts[image.FactLibvirtSecrets] != "" {
+		// Not with a gap in it: the domain would come back without a password.
+		return x.refuse("the recorded domain XML is without the domain's passwords").WithHint("%s", libvirtXMLHint)
 	}
 	if text == "" {
 		return x.refuse("no domain XML is recorded: libvirt did not manage the VM, or was not asked").WithHint("%s", libvirtXMLHint)

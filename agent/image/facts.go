@@ -14,6 +14,9 @@ const (
 
 	FactLibvirtURI    = "libvirt_uri"    // qemu:///system, qemu:///session
 	FactLibvirtSocket = "libvirt_socket" // of the daemon that managed it
+	// FactLibvirtSecrets is "missing" if the domain has passwords, which are not in
+	// the recorded XML.
+	FactLibvirtSecrets = "libvirt_secrets"
 )
 
 // RedactedMark stands in a recorded command line where a secret was.

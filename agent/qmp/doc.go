@@ -8,6 +8,11 @@
 // process that inherited a duplicate from an owner that died takes over with
 // Resync or AdoptClient.
 //
+// The monitor that libvirt made for itself is reached through libvirt's daemon: a
+// relay plays QEMU's part at the other end of the Client's socket and carries out
+// what it is told by libvirt's procedures (relay.go). Such sessions are not
+// exclusive, and end with the process: DupFile has nothing to give away.
+//
 // Life cycle: a Client owns one goroutine, its reader, from creation to Close,
 // which joins it. The reader notes the time right after each read(2), cuts the
 // stream into messages, and completes the call whose id a reply carries; who

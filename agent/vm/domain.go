@@ -15,7 +15,8 @@ type Domain struct {
 	URI    string `json:"uri"`    // qemu:///system, qemu:///session
 	Socket string `json:"socket"` // of the daemon
 	// XML is what libvirt itself puts into a saved image, without the passwords.
-	XML string `json:"xml"`
+	XML      string `json:"xml"`
+	Redacted bool   `json:"redacted"` // it had some
 }
 
 // domain asks libvirt's daemon to describe the VM. A VM whose monitor is another
@@ -47,7 +48,7 @@ func (t *Target) domain(ctx context.Context) (*Domain, []Secret, error) {
 	if xml != d.XML {
 		secrets = append(secrets, Secret{Option: "libvirt", Key: "qemu:commandline", Prompt: "what is secret in qemu:commandline of the libvirt domain " + d.Name})
 	}
-	d.XML = xml
+	d.XML, d.Redacted = xml, len(secrets) > 0
 	return d, secrets, nil
 }
 

@@ -22,7 +22,7 @@ until_true() {
 	done
 }
 
-# define_domain GUESTWORDS [DISKXML]
+# define_domain GUESTWORDS [DISKXML [VNCPASSWORD]]
 define_domain() {
 	cp "$GUEST/vmlinux" "$GUEST/initrd" "$LAB/" # libvirt gives them to QEMU's user
 	cat >"$LAB/demo.xml" <<-END
@@ -49,7 +49,7 @@ define_domain() {
 		    <channel type='unix'><target type='virtio' name='org.qemu.guest_agent.0'/></channel>
 		    <memballoon model='virtio'/>
 		    <rng model='virtio'><backend model='random'>/dev/urandom</backend></rng>
-		    <graphics type='vnc' autoport='yes' listen='127.0.0.1'/>
+		    <graphics type='vnc' autoport='yes' listen='127.0.0.1' ${3:+passwd='$3'}/>
 		    <video><model type='vga'/></video>
 		  </devices>
 		</domain>

@@ -19,7 +19,7 @@ mkfs.ext4 -q -F "$LAB/disk.raw"
 qemu-img convert -O qcow2 "$LAB/disk.raw" "$LAB/disk.qcow2"
 rm "$LAB/disk.raw"
 define_domain "GD_WS=16 GD_RATE=2000 GD_DISK=vda GD_FILES=disk GD_FILES_MS=20" \
-	"<disk type='file'><driver name='qemu' type='qcow2'/><source file='$LAB/disk.qcow2'/><target dev='vda' bus='virtio'/></disk>"
+	"<disk type='file'><driver name='qemu' type='qcow2'/><source file='$LAB/disk.qcow2'/><target dev='vda' bus='virtio'/></disk>" hunter2
 start_domain
 
 protect() {
@@ -92,6 +92,15 @@ virsh suspend demo >/dev/null
 "$CKAGENT" checkpoint "$PID" --store "$STORE" >/dev/null 2>"$LAB/paused.log" || die "checkpoint of a paused domain: $(cat "$LAB/paused.log")"
 is paused || die "the domain is $(state)"
 virsh resume demo >/dev/null
+
+say "its password is in no checkpoint, and is asked for"
+! grep -rl hunter2 "$STORE" --include=manifest.json || die "a password was recorded"
+status=0
+"$CKAGENT" export demo --store "$STORE" --format libvirt -o "$LAB/demo.save" 2>"$LAB/refusal" || status=$?
+[ "$status" = 3 ] && grep -q 'security-info' "$LAB/refusal" || die "exit $status: $(cat "$LAB/refusal")"
+virsh dumpxml --security-info --migratable demo >"$LAB/full.xml"
+"$CKAGENT" export demo --store "$STORE" --format libvirt --xml "$LAB/full.xml" -o "$LAB/demo.save" 2>/dev/null || die "export"
+virsh save-image-dumpxml --security-info "$LAB/demo.save" | grep -q hunter2 || die "the image lacks the password"
 
 say "snapshot and blockcommit"
 virsh snapshot-create-as demo s1 --disk-only --atomic --no-metadata --diskspec "vda,file=$LAB/over.qcow2" >/dev/null || die snapshot
