@@ -29,10 +29,10 @@ type fake struct {
 	served   sync.WaitGroup
 }
 
-func newFake(t *testing.T) *fake {
+func newFake(t *testing.T, greeting string, answer func(string) string) *fake {
 	t.Helper()
 	dir := t.TempDir()
-	f := &fake{t: t, commands: make(chan string, 100), path: filepath.Join(dir, strings.Repeat("long", 20), "ga.sock")}
+	f := &fake{t: t, greeting: greeting, answer: answer, commands: make(chan string, 100), path: filepath.Join(dir, strings.Repeat("long", 20), "ga.sock")}
 	if err := os.Mkdir(filepath.Dir(f.path), 0o700); err != nil {
 		t.Fatal(err)
 	}
@@ -99,16 +99,15 @@ func (f *fake) dial(t *testing.T) *Client {
 }
 
 func TestConversation(t *testing.T) {
-	f := newFake(t)
 	// Half a reply of another conversation, and a whole one to another's sync.
-	f.greeting = "{\"return\": [1,2,\xff{\"return\": 7}\n\xff{\"return\": \"x\"}\n"
-	f.answer = func(command string) string {
+	const greeting = "{\"return\": [1,2,\xff{\"return\": 7}\n\xff{\"return\": \"x\"}\n"
+	f := newFake(t, greeting, func(command string) string {
 		return map[string]string{
 			"guest-fsfreeze-freeze": "{\"return\": 3}\n", "guest-fsfreeze-thaw": "{\"return\": 2}\n",
 			"guest-fsfreeze-status": "{\"return\": \"frozen\"}\n", "guest-get-time": "{\"return\": 1700000000123456789}\n",
 			"guest-set-time": "{\"error\": {\"class\": \"CommandDisabled\", \"desc\": \"no\\u0007 way\"}}\n",
 		}[command]
-	}
+	})
 	c := f.dial(t)
 	if n, err := c.Freeze(t.Context()); n != 3 || err != nil {
 		t.Errorf("freeze: %d, %v", n, err)
@@ -136,8 +135,7 @@ func TestBadAgent(t *testing.T) {
 		"endless": strings.Repeat("x", maxReply+1), "endless line": "{\"return\":\"" + strings.Repeat("x", maxReply) + "\"}\n",
 	} {
 		t.Run(name, func(t *testing.T) {
-			f := newFake(t)
-			f.answer = func(string) string { return reply }
+			f := newFake(t, "", func(string) string { return reply })
 			c := f.dial(t)
 			ctx, cancel := context.WithTimeout(t.Context(), 300*time.Millisecond)
 			defer cancel()
@@ -147,8 +145,7 @@ func TestBadAgent(t *testing.T) {
 		})
 	}
 	t.Run("no sync", func(t *testing.T) {
-		f := newFake(t)
-		f.greeting = strings.Repeat("\xff{\"return\": 1}\n", maxSkip/10)
+		f := newFake(t, strings.Repeat("\xff{\"return\": 1}\n", maxSkip/10), nil)
 		if c, err := Dial(t.Context(), Channel{Network: "unix", Address: f.path}, ""); err == nil {
 			c.Close()
 			t.Error("in step with what never answered")
@@ -192,9 +189,11 @@ func (f *fake) wantNone(t *testing.T, command string) {
 	}
 }
 
+// thawed is an agent that does whatever it is told.
+func thawed(string) string { return "{\"return\": 1}\n" }
+
 func guard(t *testing.T, f *fake, within time.Duration) (*Client, *Guard) {
 	t.Helper()
-	f.answer = func(string) string { return "{\"return\": 1}\n" }
 	c := f.dial(t)
 	g, err := StartGuard(GuardConfig{Helper: []string{os.Args[0]}, Agent: c, QEMUPID: os.Getpid(), Within: within})
 	if err != nil {
@@ -205,7 +204,7 @@ func guard(t *testing.T, f *fake, within time.Duration) (*Client, *Guard) {
 
 func TestGuard(t *testing.T) {
 	t.Run("released", func(t *testing.T) {
-		f := newFake(t)
+		f := newFake(t, "", thawed)
 		_, g := guard(t, f, time.Minute)
 		if err := g.Release(true); err != nil {
 			t.Error(err)
@@ -213,7 +212,7 @@ func TestGuard(t *testing.T) {
 		f.wantNone(t, "guest-fsfreeze-thaw")
 	})
 	t.Run("not known to be thawed", func(t *testing.T) {
-		f := newFake(t)
+		f := newFake(t, "", thawed)
 		_, g := guard(t, f, time.Minute)
 		if err := g.Release(false); err != nil {
 			t.Error(err)
@@ -221,7 +220,7 @@ func TestGuard(t *testing.T) {
 		f.want(t, "guest-fsfreeze-thaw")
 	})
 	t.Run("too long", func(t *testing.T) {
-		f := newFake(t)
+		f := newFake(t, "", thawed)
 		_, g := guard(t, f, 100*time.Millisecond)
 		f.want(t, "guest-fsfreeze-thaw")
 		if err := g.Release(true); err != nil {
@@ -229,7 +228,7 @@ func TestGuard(t *testing.T) {
 		}
 	})
 	t.Run("its master died", func(t *testing.T) {
-		f := newFake(t)
+		f := newFake(t, "", thawed)
 		c, g := guard(t, f, time.Minute)
 		// All that is left of a process that was killed: its descriptors are closed.
 		if err := errors.Join(g.link.Close(), c.Close()); err != nil {
@@ -241,7 +240,7 @@ func TestGuard(t *testing.T) {
 		}
 	})
 	t.Run("killed", func(t *testing.T) {
-		f := newFake(t)
+		f := newFake(t, "", thawed)
 		_, g := guard(t, f, time.Minute)
 		if err := unix.Kill(g.PID(), unix.SIGKILL); err != nil {
 			t.Fatal(err)
