@@ -49,8 +49,8 @@ func newBedOf(t testing.TB, cfg vmtest.Config) *bed {
 func (b *bed) at(command string, do func()) (remove func()) {
 	return b.proxy.Withhold(command, func(_ context.Context, m vmtest.Message) {
 		if m.Nth == 1 {
+			b.reached.Add(1) // first: the verb may have ended before do returns
 			do()
-			b.reached.Add(1)
 		}
 	})
 }
