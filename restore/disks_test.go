@@ -263,3 +263,73 @@ func TestDisks(t *testing.T) {
 		d.refused(t, d.newer, problem.Refused, "written to after", o)
 	})
 }
+
+// TestEncryptedDisks: volumes that hold an encrypted image as it lay there are opened
+// through the original's driver, with its secret; without the secret nothing starts.
+func TestEncryptedDisks(t *testing.T) {
+	dir := t.TempDir()
+	key := filepath.Join(dir, "key")
+	if err := os.WriteFile(key, []byte("a passphrase"), 0o600); err != nil {
+		t.Fatal(err)
+	}
+	tool := func(name string, args ...string) {
+		t.Helper()
+		if out, err := exec.CommandContext(t.Context(), name, args...).CombinedOutput(); err != nil || strings.Contains(string(out), "failed") {
+			t.Fatalf("%s %q: %v: %s", name, args, err, out)
+		}
+	}
+	inner, outer := filepath.Join(dir, "a.qcow2"), filepath.Join(dir, "b.luks")
+	secret := "secret,id=key0,file=" + key
+	tool("qemu-img", "create", "-q", "--object", secret, "-f", "qcow2", "-o", "encrypt.format=luks,encrypt.key-secret=key0", inner, "8M")
+	tool("qemu-img", "create", "-q", "--object", secret, "-f", "luks", "-o", "key-secret=key0", outer, "8M")
+	opened := map[string]string{inner: "driver=qcow2,encrypt.key-secret=key0,file.filename=" + inner, outer: "driver=luks,key-secret=key0,file.filename=" + outer}
+	for _, o := range opened {
+		tool("qemu-io", "--object", secret, "--image-opts", o, "-c", "write -P 0x42 0 1M")
+	}
+	v := vmtest.Start(t, vmtest.Config{Guest: vmtest.Mini, MemoryMiB: 64, WSMiB: 8, Args: []string{"-object", secret,
+		"-drive", "if=none,id=d0,format=qcow2,encrypt.key-secret=key0,file=" + inner, "-device", "virtio-blk-pci,drive=d0",
+		"-blockdev", "driver=file,node-name=f1,filename=" + outer, "-blockdev", "driver=luks,node-name=n1,file=f1,key-secret=key0",
+		"-device", "virtio-blk-pci,id=blk1,drive=n1"}})
+	st := testStore(t)
+	// Copied as they lie there: what the guest sees never is in the store.
+	id := takeCheckpoint(t, v, st, func(m *image.Manifest) {
+		copyDisks(t, st, image.Disk{Name: "d0", Device: "d0", Format: "raw", Path: inner}, image.Disk{Name: "blk1", Node: "n1", Format: "raw", Path: outer})(m)
+		for i, c := range []image.DiskContent{image.ContentQCOW2, image.ContentLUKS} {
+			m.Disks[i].Content, m.Disks[i].SizeBytes = c, 8<<20
+		}
+		m.Disks[0].Format, m.Disks[1].Format = "qcow2", "luks"
+		i := slices.Index(m.Machine.Argv, secret)
+		m.Machine.Argv[i] = "secret,id=key0,data=" + image.RedactedMark
+	})
+	v.Kill()
+	for path, o := range opened {
+		tool("qemu-io", "--object", secret, "--image-opts", o, "-c", "write -P 0x66 0 1M")
+		if err := os.Rename(path, path+".aside"); err != nil {
+			t.Fatal(err)
+		}
+	}
+	o := testOptions(t)
+	o.DiskDir = t.TempDir()
+	if _, err := Run(t.Context(), st, id, o); !problem.Is(err, problem.Refused) || !strings.Contains(err.Error(), "--secret key0=FILE") {
+		t.Errorf("without the secret: %v", err)
+	}
+	o.Secrets = map[string]string{"key0": key}
+	res := restoreAndCheck(t, st, id, o, v)
+	m, err := vmtest.DialMonitor(t.Context(), res.QMP)
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer m.Close()
+	for _, c := range []string{"d0 \"read -P 0x42 0 1M\"", "n1 \"read -P 0x42 0 1M\"",
+		// The inner image grows while its guest fills the disk.
+		"d0 \"write -P 0x43 1M 7M\"", "n1 \"write -P 0x43 1M 7M\"", "d0 \"read -P 0x43 1M 7M\"", "d0 \"read -P 0x42 0 1M\""} {
+		if out, err := m.HMP(t.Context(), "qemu-io "+c); err != nil || strings.Contains(out, "failed") || strings.Contains(out, "rror") {
+			t.Errorf("%s: %v: %s", c, err, out)
+		}
+	}
+	for _, d := range res.Disks {
+		if b := read(t, d.Path); bytes.Contains(b, bytes.Repeat([]byte{0x43}, 4096)) {
+			t.Errorf("%s has what the guest wrote in the clear", d.Path)
+		}
+	}
+}
