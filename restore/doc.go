@@ -5,7 +5,8 @@
 //
 // # Life cycle of one restore
 //
-//	planned   image opened, command line rebuilt, nothing in the way
+//	planned   image opened, command line rebuilt, nothing in the way,
+//	          and the guest's disks made over the checkpoint's volumes (restore/overlay)
 //	started   QEMU runs, in a session and cgroup of its own; meanwhile the pager's
 //	          processes start and the stream is made
 //	greeted   its monitor greets, while the machine is still being built; a
@@ -17,6 +18,7 @@
 //	fed       the device state is loaded
 //	running   the guest runs (or stays paused, as it was)
 //	drained   all memory is in; nothing of ckagent is attached
+//	flat      where asked for: the disks need the store no longer
 //
 // The control socket is bound here and inherited by QEMU, so that connecting to it
 // works at once and waits for QEMU by itself. `cont` is sent together with
@@ -26,7 +28,8 @@
 // # Failure
 //
 // Until the guest is told to run, any failure kills the new QEMU, ends its pager,
-// removes its run directory and leaves everything else as it was. A QEMU that could
+// removes its run directory and the disks made for it, and leaves everything else as
+// it was. A QEMU that could
 // not load the state is not asked again: it is told apart by what it wrote to its
 // log. Once the guest was told to run it is never killed, unless QEMU failed before
 // it could: an interrupt waits a moment for the outcome; where none shows, and where
