@@ -83,7 +83,7 @@ func newRootCommand(a *app) *cobra.Command {
 		return usageError("%w", err)
 	})
 	root.AddCommand(
-		newDoctorCommand(a), newExplainCommand(a), newDirtyRateCommand(a),
+		newDoctorCommand(a), newExplainCommand(a), newDirtyRateCommand(a), newTopCommand(a),
 		newAttachCommand(a), newCheckpointCommand(a), newReleaseCommand(a), newDetachCommand(a),
 		newLsCommand(a), newInspectCommand(a), newVerifyCommand(a),
 		newRmCommand(a), newGCCommand(a), newPinCommand(a), newUnpinCommand(a),

@@ -58,6 +58,20 @@ func (t *Tracker) Sample(c SampleConfig) *Sampled {
 	return s
 }
 
+// Rebind goes on with another Tracker of the same memory, after the former was
+// closed: what was learned of where memory is hot is kept, the sample that was
+// being followed is not. It reports false if the memory has another size now.
+func (s *Sampled) Rebind(t *Tracker) bool {
+	if t.pages != s.t.pages {
+		return false
+	}
+	s.t, s.panel = t, nil
+	if s.content != nil {
+		s.content.t = t
+	}
+	return true
+}
+
 // panelAfter is the window whose sample is followed from then on: by then the
 // sampler knows where to look.
 const panelAfter = 3
