@@ -38,6 +38,11 @@ func (b *builder) disks() error {
 		return nil
 	}
 	before := b.unusedNodes()
+	if b.rec.Libvirt {
+		// libvirt makes none for nothing: these were of a medium whose place another
+		// one has taken, and their files are not QEMU's any more.
+		before = nil
+	}
 	for _, d := range b.rec.Disks {
 		file, mapped := b.maps.file(d.Path)
 		if !mapped {

@@ -78,3 +78,23 @@ func TestLibvirtNetworks(t *testing.T) {
 	}
 	build(t, domain("-netdev", "user,id=hostnet0"), Options{})
 }
+
+// After an external snapshot the nodes of the image before it are used by nobody.
+func TestLibvirtSnapshot(t *testing.T) {
+	r := domain(
+		"-blockdev", `{"driver":"file","filename":"/d/base.qcow2","node-name":"libvirt-1-storage","auto-read-only":true}`,
+		"-blockdev", `{"node-name":"libvirt-1-format","read-only":false,"driver":"qcow2","file":"libvirt-1-storage","backing":null}`,
+		"-device", `{"driver":"virtio-blk-pci","drive":"libvirt-2-format","id":"virtio-disk0"}`,
+		"-blockdev", `{"driver":"qcow2","node-name":"libvirt-2-format","file":{"driver":"file","filename":"/d/over.qcow2"}}`)
+	r.Disks = []Disk{{Name: "virtio-disk0", Node: "libvirt-2-format", Path: "/d/over.qcow2"}}
+	p, args := build(t, r, Options{DiskDir: "/copies"})
+	text := strings.Join(args, " ")
+	for _, gone := range []string{"base.qcow2", "over.qcow2", "libvirt-1"} {
+		if strings.Contains(text, gone) {
+			t.Errorf("%s is still there: %s", gone, text)
+		}
+	}
+	if !strings.Contains(text, "/copies/virtio-disk0.qcow2") || len(p.Disks) != 1 {
+		t.Errorf("the disk is not: %s", text)
+	}
+}

@@ -140,7 +140,7 @@ healthy
 virsh destroy demo >/dev/null
 
 say "a checkpoint with the overlay comes back by itself, with its disk"
-"$CKAGENT" restore "$overlay" --store "$STORE" --json >"$LAB/restore.json" || die "restore"
+"$CKAGENT" restore "$overlay" --store "$STORE" --json >"$LAB/restore.json" || die "restore: $(cat "$LAB/restore.json")"
 own=$(field qemu_pid <"$LAB/restore.json")
 (
 	SERIAL=$(field run_dir <"$LAB/restore.json")/charserial0.log
