@@ -4,10 +4,27 @@ import (
 	"context"
 
 	"github.com/ckagent/ckagent/agent/capture/diskcopy"
+	"github.com/ckagent/ckagent/agent/capture/disksnap"
 	"github.com/ckagent/ckagent/agent/image"
 	"github.com/ckagent/ckagent/agent/problem"
+	"github.com/ckagent/ckagent/agent/qmp"
 	"github.com/ckagent/ckagent/agent/store"
 )
+
+// diskMethod is a way to keep the disks of a checkpoint: *diskcopy.Set, whose life
+// cycle it is, or *disksnap.Set.
+type diskMethod interface {
+	NeededBytes() uint64
+	Prepare(context.Context) error
+	Requests() []*qmp.Request
+	Confirm(context.Context, []*qmp.Call) error
+	Start(context.Context) error
+	Wait(context.Context) error
+	Finish(context.Context) error
+	Seal(context.Context) ([]image.Disk, error)
+	Keep(context.Context) error
+	Drop(context.Context) error
+}
 
 // planDisks decides what becomes of each writable disk, and makes sure that the store
 // has room for it beside the ramBytes that memory needs.
@@ -28,7 +45,16 @@ func (s *session) planDisks(ctx context.Context, txn *store.Txn, ramBytes uint64
 		}
 		c.Sources = sources
 	}
-	if s.disks, err = diskcopy.Plan(ctx, c); err != nil {
+	if s.o.Disks == DisksSnapshot {
+		if m := s.sub.Machine.Facts[image.FactManager]; m != "" {
+			return problem.New(problem.Refused, "checkpoint", s.object, "%s manages this VM, and would not know of snapshots in its images", m).
+				WithHint("use --disks backup")
+		}
+		s.disks, err = disksnap.Plan(disksnap.Config{QMP: c.QMP, Sources: sources, Store: s.store, ID: txn.ID(), VM: s.sub.Name})
+	} else {
+		s.disks, err = diskcopy.Plan(ctx, c)
+	}
+	if err != nil {
 		return err
 	}
 	return s.store.CheckSpace(ramBytes+s.disks.NeededBytes(), s.o.MinFreeBytes)

@@ -32,7 +32,10 @@ type Disks string
 
 const (
 	DisksBackup Disks = "backup" // copied to the store
-	DisksNone   Disks = "none"   // left out; a restore has to be told that this is meant
+	// DisksSnapshot keeps them inside the images that the guest uses: nothing is copied,
+	// and nothing survives the image.
+	DisksSnapshot Disks = "snapshot"
+	DisksNone     Disks = "none" // left out; a restore has to be told that this is meant
 )
 
 // Options of one checkpoint. Zero values mean the defaults.
@@ -116,9 +119,12 @@ func (o Options) withDefaults() (Options, error) {
 		return o, usage("mode %q: want auto, stop, buffer or cow", o.Mode)
 	}
 	switch o.Disks {
-	case DisksBackup, DisksNone:
+	case DisksBackup, DisksSnapshot, DisksNone:
+	case "overlay":
+		return o, problem.New(problem.Refused, "checkpoint", "", "disks as overlays are not in this version").
+			WithHint("use --disks backup, or snapshot for qcow2 images")
 	default:
-		return o, usage("disks %q: want backup or none", o.Disks)
+		return o, usage("disks %q: want backup, snapshot or none", o.Disks)
 	}
 	switch o.Engine {
 	case EngineAuto, EngineUffd:

@@ -7,7 +7,6 @@ import (
 	"os"
 	"time"
 
-	"github.com/ckagent/ckagent/agent/capture/diskcopy"
 	"github.com/ckagent/ckagent/agent/capture/faultserver"
 	"github.com/ckagent/ckagent/agent/capture/source"
 	"github.com/ckagent/ckagent/agent/image"
@@ -122,7 +121,7 @@ type session struct {
 	src    *source.Source
 	blocks []source.Block
 	writer *image.Writer
-	disks  *diskcopy.Set
+	disks  diskMethod
 	left   []image.Disk // disks that are left out
 
 	migration vm.Migration // as it was before anything was done

@@ -284,7 +284,7 @@ func askVersion(ctx context.Context, path string) QEMUFacts {
 
 func gatherTools() []ToolFacts {
 	tools := []ToolFacts{
-		{Name: "qemu-img", Use: "checking the disk images a restore names"},
+		{Name: "qemu-img", Use: "copying writable disks, and making and checking those of a restore"},
 		{Name: "virsh", Use: "advice by domain name for VMs that libvirt manages"},
 	}
 	for i := range tools {

@@ -4,6 +4,7 @@ import (
 	"context"
 	"slices"
 
+	"github.com/ckagent/ckagent/agent/image"
 	"github.com/ckagent/ckagent/agent/vm/disk"
 )
 
@@ -11,6 +12,13 @@ import (
 type DiskSource struct {
 	disk.Source
 	Drive Disk
+}
+
+// Record describes the disk for a manifest, but for where its content is.
+func (s *DiskSource) Record() image.Disk {
+	d := s.Drive
+	return image.Disk{Name: d.Name, Device: d.Device, Node: s.Root, QOMPath: d.QOMPath, Type: d.Type,
+		Format: s.Format, Path: s.Path, SizeBytes: s.Bytes, Content: image.ContentGuest}
 }
 
 // DiskSources lists the media that a checkpoint has to hold, and why some of the

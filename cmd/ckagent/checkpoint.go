@@ -47,7 +47,7 @@ func (f *captureFlags) add(c *cobra.Command) {
 	fl.Var(&f.minFree, "min-free", "space to leave free in the store")
 	fl.DurationVar(&f.maxStall, "max-stall", 100*time.Millisecond, "longest time a vCPU may wait for us")
 	fl.Var(&f.captureMem, "capture-memory", "memory for pages on their way to the store in mode cow (default 96M)")
-	fl.StringVar(&f.disks, "disks", "backup", "backup (copy the writable disks of the same instant to the store) or none")
+	fl.StringVar(&f.disks, "disks", "backup", "backup (copy the writable disks of the same instant to the store), snapshot (keep them inside their qcow2 images) or none")
 	fl.Var(&f.diskSpeed, "disk-speed", "most to copy of each disk per second (default 256M)")
 	fl.Var(&f.diskMem, "disk-memory", "memory for what the guest overwrites before it was copied (default: a quarter of what is available, at most 1G)")
 	fl.Var(&f.bufferMem, "buffer-memory", "limit of mode buffer (default: half of the available memory)")

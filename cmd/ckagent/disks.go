@@ -42,6 +42,8 @@ func printDisks(a *app, disks []diskView) {
 		switch {
 		case d.Method == image.DiskNone:
 			fmt.Fprintf(a.out, "disk %s (%s) is NOT in this checkpoint: its memory fits no disk of another time\n", d.Name, d.Path)
+		case d.Method == image.DiskSnapshot:
+			fmt.Fprintf(a.out, "disk %s: kept as a snapshot inside %s, which must stay\n", d.Name, d.Path)
 		case d.Chain == 1:
 			fmt.Fprintf(a.out, "disk %s: %s copied whole\n", d.Name, sizeText(d.Bytes))
 		default:

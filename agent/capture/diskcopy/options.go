@@ -5,6 +5,7 @@ import (
 	"fmt"
 	"os"
 	"strings"
+	"time"
 
 	"github.com/ckagent/ckagent/agent/qmp"
 	"github.com/ckagent/ckagent/agent/store"
@@ -20,6 +21,9 @@ const (
 	// thread that also serves the guest's devices.
 	DefaultSpeed = 256 << 20
 
+	// DefaultStall is long: the guest does not wait.
+	DefaultStall = 10 * time.Second
+
 	minMemory     = 8 << 20 // for one disk
 	maxAutoMemory = 1 << 30 // for all disks, unless more was asked for
 )
@@ -32,8 +36,9 @@ type Config struct {
 	Txn     *store.Txn
 	VM      string
 
-	SpeedBytes  uint64 // per second and disk; 0: DefaultSpeed
-	MemoryBytes uint64 // for old content, all disks together; 0: by what the host has
+	SpeedBytes  uint64        // per second and disk; 0: DefaultSpeed
+	Stall       time.Duration // without progress before a copy is given up; 0: DefaultStall
+	MemoryBytes uint64        // for old content, all disks together; 0: by what the host has
 }
 
 // memory is how much each disk may use for old content.

@@ -217,9 +217,17 @@ func (b *bed) wantGraph(before []string) {
 	if now := b.names(); !slices.Equal(now, before) {
 		b.t.Errorf("the graph was\n%s\nand is\n%s", strings.Join(before, "\n"), strings.Join(now, "\n"))
 	}
-	var sets []any
-	if err := b.vm.QMP.Execute(b.t.Context(), "query-fdsets", nil, &sets); err != nil || len(sets) > 0 {
-		b.t.Errorf("descriptors left: %v %v", sets, err)
+	var sets []struct {
+		FDs []any `json:"fds"`
+	}
+	if err := b.vm.QMP.Execute(b.t.Context(), "query-fdsets", nil, &sets); err != nil {
+		b.t.Error(err)
+	}
+	for _, s := range sets {
+		// QEMU keeps an empty set of what a broken store would not let it close.
+		if len(s.FDs) > 0 {
+			b.t.Errorf("descriptors left: %v", sets)
+		}
 	}
 }
 
@@ -229,6 +237,29 @@ func qcow2(t testing.TB, path, size string, args ...string) string {
 	run(t, "qemu-img", append(append([]string{"create", "-q", "-f", "qcow2"}, args...), path, size)...)
 	run(t, "qemu-io", "-f", "qcow2", "-c", "write -P 7 0 3M", "-c", "write -P 8 5M 70k", path)
 	return path
+}
+
+// serveNBD exports a file until the test ends.
+func serveNBD(t *testing.T, socket, file string) {
+	t.Helper()
+	// The test's context ends before the machine does.
+	cmd := exec.Command("qemu-nbd", "--persistent", "--shared=8", "--format=raw", "--socket="+socket, file)
+	if err := cmd.Start(); err != nil {
+		t.Fatal(err)
+	}
+	t.Cleanup(func() {
+		cmd.Process.Kill()
+		cmd.Wait()
+	})
+	tick := time.NewTicker(5 * time.Millisecond)
+	defer tick.Stop()
+	for range 1000 {
+		if _, err := os.Stat(socket); err == nil {
+			return
+		}
+		<-tick.C
+	}
+	t.Fatal("qemu-nbd makes no socket")
 }
 
 func raw(t testing.TB, path string, bytes int64) string {
@@ -290,12 +321,22 @@ func TestDevices(t *testing.T) {
 		{"small clusters on a backing file", func(t *testing.T, dir string) []string {
 			return []string{"-drive", "if=none,id=d,format=qcow2,file=" + qcow2(t, dir+"/a", "8M", "-o", "cluster_size=4k", "-F", "raw", "-b", raw(t, dir+"/base", 6<<20)), "-device", "virtio-blk-pci,drive=d,id=v"}
 		}},
+		{"network storage", func(t *testing.T, dir string) []string {
+			serveNBD(t, dir+"/nbd", raw(t, dir+"/a", 8<<20))
+			return []string{"-drive", "if=none,id=d,format=raw,file=nbd:unix:" + dir + "/nbd", "-device", "virtio-blk-pci,drive=d,id=v"}
+		}},
+		{"without rights to the store", func(t *testing.T, dir string) []string {
+			return []string{"-sandbox", "on,obsolete=deny,spawn=deny,resourcecontrol=deny", "-runas", "nobody", "-drive", "if=none,id=d,format=qcow2,file=" + qcow2(t, dir+"/a", "8M"), "-device", "virtio-blk-pci,drive=d,id=v"}
+		}},
 		{"iothread", func(t *testing.T, dir string) []string {
 			return []string{"-object", "iothread,id=io", "-drive", "if=none,id=d,format=qcow2,file=" + qcow2(t, dir+"/a", "8M"), "-device", "virtio-blk-pci,drive=d,id=v,iothread=io"}
 		}},
 	}
 	for build, q := range builds(t) {
 		for _, c := range cases {
+			if build == "qemu10" && strings.HasPrefix(c.name, "without rights") {
+				continue // it has no -runas any more
+			}
 			t.Run(build+"/"+c.name, func(t *testing.T) {
 				b := newBed(t, q, func(dir string) []string { return c.args(t, dir) })
 				before := b.names()

@@ -5,6 +5,7 @@ import (
 	"encoding/json"
 	"errors"
 	"os"
+	"os/exec"
 	"path/filepath"
 	"slices"
 	"strings"
@@ -294,7 +295,10 @@ func TestRefused(t *testing.T) {
 				b.vm.QMP.Execute(t.Context(), "block-export-add", map[string]any{"type": "nbd", "id": "e", "node-name": b.sourceRoot(), "writable": true}, nil))
 		}},
 		"encrypted": {code: "encrypted-disk", args: func(dir string) []string {
-			run(t, "qemu-img", "create", "-q", "-f", "qcow2", "--object", "secret,id=s,data=x", "-o", "encrypt.format=luks,encrypt.key-secret=s,encrypt.iter-time=10", dir+"/e", "4M")
+			// It measures how quick it is, and on a busy host fails to.
+			create := []string{"create", "-q", "-f", "qcow2", "--object", "secret,id=s,data=x", "-o", "encrypt.format=luks,encrypt.key-secret=s,encrypt.iter-time=10", dir + "/e", "4M"}
+			for tries := 0; exec.Command("qemu-img", create...).Run() != nil && tries < 10; tries++ {
+			}
 			return []string{"-object", "secret,id=s,data=x", "-drive", "if=none,id=d,format=qcow2,encrypt.key-secret=s,file=" + dir + "/e", "-device", "virtio-blk-pci,drive=d,id=v"}
 		}},
 		"two devices on one node": {code: "disk-shared", args: func(dir string) []string {

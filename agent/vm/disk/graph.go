@@ -42,6 +42,9 @@ type Node struct {
 		Filename    string `json:"filename"`
 		VirtualSize uint64 `json:"virtual-size"`
 		ActualSize  uint64 `json:"actual-size"`
+		Snapshots   []struct {
+			Name string `json:"name"`
+		} `json:"snapshots"`
 	} `json:"image"`
 
 	children []edge

@@ -8,6 +8,7 @@ import (
 
 // Source is one medium that a checkpoint has to hold.
 type Source struct {
+	Image   string // node of the image itself, Root but for filters
 	Root    string // top node, which the device writes to and which has the bitmap
 	Device  string // QOM path of the device
 	Format  string // driver of the image
@@ -15,6 +16,8 @@ type Source struct {
 	Bytes   uint64 // size that the guest sees
 	Used    uint64 // allocated by the image and those under it, an upper guess for a copy
 	Bitmaps []Bitmap
+	// Snapshots are the names of the internal snapshots of the image.
+	Snapshots []string
 }
 
 // Refusal is a reason why a drive cannot be part of a checkpoint.
@@ -63,8 +66,11 @@ func (g *Graph) source(d *Drive) (Source, *Refusal) {
 			return Source{}, &Refusal{"block-graph", root.Name, "there is nothing under its filter", "try again"}
 		}
 	}
-	s := Source{Root: root.Name, Device: d.QOMPath, Format: image.Driver, Path: image.Path(),
+	s := Source{Root: root.Name, Image: image.Name, Device: d.QOMPath, Format: image.Driver, Path: image.Path(),
 		Bytes: root.Image.VirtualSize, Bitmaps: root.Bitmaps}
+	for _, snap := range image.Image.Snapshots {
+		s.Snapshots = append(s.Snapshots, snap.Name)
+	}
 	for _, n := range g.Below(root.Name) {
 		s.Used += n.Image.ActualSize
 		if Ours(n.Name) {
