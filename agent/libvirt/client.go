@@ -218,9 +218,9 @@ func (c *Client) write(ctx context.Context, program, procedure, serial uint32, a
 		_ = c.conn.Close() // the reader tells everybody
 	}
 	if ctx.Err() != nil {
-		err = context.Cause(ctx)
+		return fmt.Errorf("send to libvirt: %w", context.Cause(ctx))
 	}
-	return fmt.Errorf("send to libvirt: %w", err)
+	return fmt.Errorf("%w: %w", ErrLost, err)
 }
 
 // sendFile does not use Fd(), which may switch a pipe shared with others to

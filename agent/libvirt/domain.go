@@ -88,11 +88,8 @@ func (c *Client) Lookup(ctx context.Context, uuid [16]byte) (Domain, error) {
 // XMLFlags is virDomainXMLFlags.
 type XMLFlags uint32
 
-const (
-	XMLSecure     XMLFlags = 1 // with passwords
-	XMLInactive   XMLFlags = 2
-	XMLMigratable XMLFlags = 8 // what a save image carries
-)
+// XMLMigratable asks for what a save image carries, passwords included.
+const XMLMigratable XMLFlags = 8
 
 // XML describes the domain.
 func (c *Client) XML(ctx context.Context, dom Domain, flags XMLFlags) (string, error) {

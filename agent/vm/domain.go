@@ -30,31 +30,25 @@ func (t *Target) domain(ctx context.Context) (*Domain, []Secret, error) {
 		return nil, nil, err
 	}
 	d := &Domain{Name: m.Domain.Name, URI: m.URI, Socket: m.Socket}
-	full := ""
-	if d.XML, err = m.Client.XML(ctx, m.Domain, libvirt.XMLMigratable); err == nil {
-		full, err = m.Client.XML(ctx, m.Domain, libvirt.XMLMigratable|libvirt.XMLSecure)
-	}
+	full, err := m.Client.XML(ctx, m.Domain, libvirt.XMLMigratable)
 	if closed := m.Client.Close(); err == nil {
 		err = closed
 	}
 	if err != nil {
 		return nil, nil, fmt.Errorf("libvirt: %w", err)
 	}
-	var secrets []Secret
-	if full != d.XML {
-		secrets = append(secrets, Secret{Option: "libvirt", Key: "password", Prompt: "the passwords in the libvirt domain " + d.Name})
+	if d.XML = redactXML(full); d.XML == full {
+		return d, nil, nil
 	}
-	xml := redactXML(d.XML)
-	if xml != d.XML {
-		secrets = append(secrets, Secret{Option: "libvirt", Key: "qemu:commandline", Prompt: "what is secret in qemu:commandline of the libvirt domain " + d.Name})
-	}
-	d.XML, d.Redacted = xml, len(secrets) > 0
-	return d, secrets, nil
+	d.Redacted = true
+	return d, []Secret{{Option: "libvirt", Key: "password", Prompt: "the passwords in the libvirt domain " + d.Name}}, nil
 }
 
-// What libvirt does not know to be secret: arguments and variables handed on to
-// QEMU, and passwords in addresses.
+// A description that can be migrated has the passwords of displays in it. What
+// libvirt does not know to be secret are arguments and variables handed on to QEMU,
+// and passwords in addresses.
 var (
+	xmlPassword = regexp.MustCompile(`(<[^<>]*?)\s+passwd=(?:'[^']*'|"[^"]*")`)
 	xmlArgument = regexp.MustCompile(`(<qemu:arg value=['"][^'"]*?\b(?:password|passwd|passphrase|data|token|cookie)=)([^'",]+)`)
 	xmlVariable = regexp.MustCompile(`(<qemu:env name=['"][^'"]*(?i:secret|passw|token|credential)[^'"]*['"] value=['"])([^'"]+)`)
 )
@@ -62,6 +56,7 @@ var (
 const redactedXML = "[redacted]"
 
 func redactXML(text string) string {
+	text = xmlPassword.ReplaceAllString(text, "${1}")
 	text = xmlArgument.ReplaceAllString(text, "${1}"+redactedXML)
 	text = xmlVariable.ReplaceAllString(text, "${1}"+redactedXML)
 	return urlUser.ReplaceAllString(text, "${1}"+redactedXML+"${3}")

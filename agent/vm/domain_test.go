@@ -4,6 +4,8 @@ import "testing"
 
 func TestRedactXML(t *testing.T) {
 	for in, want := range map[string]string{
+		`<graphics type='vnc' port='5900' passwd='hunter2' listen='::1'>`:              `<graphics type='vnc' port='5900' listen='::1'>`,
+		`<graphics type="spice" passwd="hunter2"/><name>passwd='x'</name>`:             `<graphics type="spice"/><name>passwd='x'</name>`,
 		`<domain type='qemu'><name>data=1</name></domain>`:                             ``,
 		`<qemu:arg value='-device'/><qemu:arg value='virtio-net-pci,netdev=n'/>`:       ``,
 		`<qemu:arg value='secret,id=s,data=hunter2,format=raw'/>`:                      `<qemu:arg value='secret,id=s,data=[redacted],format=raw'/>`,

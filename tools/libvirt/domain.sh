@@ -43,7 +43,7 @@ define_domain() {
 		  <devices>
 		    <emulator>/usr/bin/qemu-system-x86_64</emulator>
 		    ${2:-}
-		    <interface type='user'><model type='virtio'/></interface>
+		    <interface type='user'><model type='virtio'/><rom enabled='no'/></interface>
 		    <serial type='file'><source path='$SERIAL' append='on'/></serial>
 		    <controller type='usb' model='none'/>
 		    <channel type='unix'><target type='virtio' name='org.qemu.guest_agent.0'/></channel>
