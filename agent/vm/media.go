@@ -274,9 +274,12 @@ func (d *describer) extraMedium(ctx context.Context, k *Disk) error {
 			d.c.refuse("changed-medium", k.Name, "it holds "+k.File+", which is not a plain file", "use an image file")
 			return nil
 		}
-		kv, err := cmdline.ParseKeyVal("if=none,readonly=on", "")
+		kv, err := cmdline.ParseKeyVal("if=none", "")
 		if err != nil {
 			return err
+		}
+		if k.ReadOnly {
+			kv.Set("readonly", "on")
 		}
 		kv.Set("id", k.Device)
 		kv.Set("format", k.Driver)

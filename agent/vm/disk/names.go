@@ -2,6 +2,7 @@ package disk
 
 import (
 	"fmt"
+	"regexp"
 	"strings"
 )
 
@@ -30,5 +31,13 @@ func BitmapName(id string) string { return bitmapPrefix + id }
 // BitmapOwner is the id of the checkpoint that a bitmap of ours belongs to.
 func BitmapOwner(name string) (id string, ok bool) { return strings.CutPrefix(name, bitmapPrefix) }
 
-// Ours reports whether a node, job or bitmap was made by a checkpoint.
-func Ours(name string) bool { return strings.HasPrefix(name, Prefix) }
+var ours = regexp.MustCompile(`^` + Prefix + `(cbw|fleece|snap|target|copy)-[0-9]+$`)
+
+// Ours reports whether a node or job was made by a checkpoint. Restored machines have
+// nodes whose names begin likewise, and those are theirs.
+func Ours(name string) bool { return ours.MatchString(name) }
+
+// OurBitmap reports whether a bitmap was made by a checkpoint.
+func OurBitmap(name string) bool {
+	return name == DeltaBitmap || strings.HasPrefix(name, bitmapPrefix)
+}

@@ -80,7 +80,7 @@ func Sweep(ctx context.Context, q Monitor, bitmaps bool) (Swept, error) {
 	if bitmaps {
 		for _, n := range g.Nodes {
 			for _, b := range n.Bitmaps {
-				if Ours(b.Name) && !Ours(n.Name) {
+				if OurBitmap(b.Name) && !Ours(n.Name) {
 					do(&s.Bitmaps, n.Name+"/"+b.Name, "block-dirty-bitmap-remove", map[string]string{"node": n.Name, "name": b.Name})
 				}
 			}
