@@ -88,3 +88,14 @@ func arguments(pid int) []string {
 	}
 	return strings.Split(strings.TrimRight(string(b), "\x00"), "\x00")
 }
+
+// nameOf is the VM's name by QEMU's command line, "" without one.
+func nameOf(argv []string) (name string) {
+	for i, a := range argv {
+		if (a == "-name" || a == "--name") && i+1 < len(argv) {
+			name, _, _ = strings.Cut(argv[i+1], ",")
+			name = strings.TrimPrefix(name, "guest=")
+		}
+	}
+	return name
+}

@@ -98,12 +98,7 @@ func (v *watched) identify(ctx context.Context, o WatchOptions) {
 		return
 	}
 	v.notes = append(v.notes, fmt.Sprintf("the monitor did not answer, vCPUs are known by their threads' names: %v", err))
-	for i, a := range v.process.Argv {
-		if a == "-name" && i+1 < len(v.process.Argv) {
-			name, _, _ := strings.Cut(v.process.Argv[i+1], ",")
-			v.name = strings.TrimPrefix(name, "guest=")
-		}
-	}
+	v.name = nameOf(v.process.Argv)
 	tids, err := v.process.Threads()
 	if err != nil {
 		return

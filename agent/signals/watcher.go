@@ -4,6 +4,7 @@ import (
 	"context"
 	"errors"
 	"os"
+	"path"
 	"path/filepath"
 	"slices"
 	"strconv"
@@ -17,9 +18,12 @@ import (
 
 // WatchOptions say what is watched.
 type WatchOptions struct {
-	PIDs []int  // empty: every QEMU of this host
-	QMP  string // of a single VM; empty: found from the process
-	Take track.Take
+	PIDs []int // empty: every QEMU of this host
+	// Match is a pattern (path.Match) that the names of VMs found have to match; empty:
+	// all do.
+	Match string
+	QMP   string // of a single VM; empty: found from the process
+	Take  track.Take
 	// Gap is the silence that makes an idle slot of a network.
 	Gap time.Duration
 	// DirtyEvery is the time between two dirty-rate windows of a VM; 0: none.
@@ -80,11 +84,18 @@ func (w *Watcher) find() []int {
 		if err != nil || !vm.AllowedBinary(exe) {
 			continue
 		}
-		if pid, err := strconv.Atoi(filepath.Base(d)); err == nil {
-			out = append(out, pid)
+		pid, err := strconv.Atoi(filepath.Base(d))
+		if err != nil || w.o.Match != "" && !matches(w.o.Match, nameOf(arguments(pid))) {
+			continue
 		}
+		out = append(out, pid)
 	}
 	return out
+}
+
+func matches(pattern, name string) bool {
+	ok, err := path.Match(pattern, name)
+	return ok && err == nil
 }
 
 // Look attaches what is new, drops what has ended, and reads everything. VMs that

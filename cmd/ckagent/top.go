@@ -4,6 +4,7 @@ import (
 	"context"
 	"errors"
 	"fmt"
+	"path"
 	"strings"
 	"time"
 
@@ -19,7 +20,7 @@ type topOptions struct {
 	interval, every, gap, goal time.Duration
 	count                      int
 	share                      float64
-	metrics, store, qmp        string
+	match, metrics, store, qmp string
 }
 
 func newTopCommand(a *app) *cobra.Command {
@@ -38,6 +39,7 @@ func newTopCommand(a *app) *cobra.Command {
 	f.DurationVar(&o.gap, "gap", time.Millisecond, "silence that makes an idle slot of the network")
 	f.IntVar(&o.count, "count", 0, "end after so many looks (0: go on)")
 	f.Float64Var(&o.share, "max-share", 0.25, "share of memory a dirty-rate window arms at most")
+	f.StringVar(&o.match, "match", "", "watch only VMs whose name matches this pattern ('web-*')")
 	f.StringVar(&o.metrics, "metrics", "", "serve Prometheus metrics at this loopback address (127.0.0.1:9464)")
 	f.DurationVar(&o.goal, "goal", 15*time.Minute, "with --metrics: time between checkpoints that is aimed at")
 	f.StringVar(&o.qmp, "qmp", "", "address of the QMP monitor of the one VM named (default: found from the process)")
@@ -57,10 +59,19 @@ func (o *topOptions) check(pids []int) error {
 		return usageError("--max-share %v: want above 0 to 1", o.share)
 	case o.count < 0:
 		return usageError("--count %d: want 0 or more", o.count)
+	case o.match != "" && len(pids) > 0:
+		return usageError("--match and pids together make no sense")
+	case !validPattern(o.match):
+		return usageError("--match %q: no pattern", o.match)
 	case o.qmp != "" && len(pids) != 1:
 		return usageError("--qmp is one VM's: name that VM")
 	}
 	return nil
+}
+
+func validPattern(p string) bool {
+	_, err := path.Match(p, "")
+	return err == nil
 }
 
 func runTop(ctx context.Context, a *app, o *topOptions, args []string) (err error) {
@@ -75,7 +86,7 @@ func runTop(ctx context.Context, a *app, o *topOptions, args []string) (err erro
 	if err := o.check(pids); err != nil {
 		return err
 	}
-	w := signals.NewWatcher(ctx, signals.WatchOptions{PIDs: pids, QMP: o.qmp, Take: takeUserfaultfd, Gap: o.gap, DirtyEvery: o.every, MaxShare: o.share})
+	w := signals.NewWatcher(ctx, signals.WatchOptions{PIDs: pids, Match: o.match, QMP: o.qmp, Take: takeUserfaultfd, Gap: o.gap, DirtyEvery: o.every, MaxShare: o.share})
 	defer func() { err = errors.Join(err, w.Close()) }()
 	if o.metrics != "" {
 		stop, err := o.serve(ctx, w)

@@ -28,7 +28,7 @@ func main() {
 func run(ctx context.Context, args []string) error {
 	if len(args) == 0 {
 		return problem.New(problem.Usage, "guest", "", "say what to build").
-			WithHint("guest linux|sqlite|mini|qemu10|ovmf ...")
+			WithHint("guest linux|sqlite|mini|qemu10|ovmf|prometheus ...")
 	}
 	var errs []error
 	for _, what := range args {
@@ -63,9 +63,15 @@ func run(ctx context.Context, args []string) error {
 			if err == nil {
 				fmt.Printf("code=%s\nvars=%s\n", fw.Code, fw.Vars)
 			}
+		case "prometheus":
+			m, err := guest.Prometheus(ctx)
+			errs = append(errs, err)
+			if err == nil {
+				fmt.Printf("prometheus=%s\npromtool=%s\n", m.Prometheus, m.Promtool)
+			}
 		default:
 			errs = append(errs, problem.New(problem.Usage, "build guest", what, "no such guest").
-				WithHint("guest linux|sqlite|mini|qemu10|ovmf ..."))
+				WithHint("guest linux|sqlite|mini|qemu10|ovmf|prometheus ..."))
 		}
 	}
 	return errors.Join(errs...)

@@ -1,0 +1,355 @@
+package signals
+
+import (
+	"bufio"
+	"bytes"
+	"encoding/json"
+	"fmt"
+	"math/rand/v2"
+	"os"
+	"os/exec"
+	"path/filepath"
+	"strconv"
+	"strings"
+	"testing"
+	"time"
+
+	"golang.org/x/sys/unix"
+
+	"github.com/ckagent/ckagent/tools/vmtest"
+)
+
+// look is one line of ckagent top --json (the part the tests look at).
+type look struct {
+	Schema string    `json:"schema"`
+	Time   time.Time `json:"time"`
+	VMs    []struct {
+		PID   int    `json:"pid"`
+		VM    string `json:"vm"`
+		State string `json:"checkpoint_state"`
+		Dirty *struct {
+			Rate  float64 `json:"dirty_pages_per_second"`
+			Error float64 `json:"error_pages_per_second"`
+		} `json:"dirty"`
+		DirtyNote string `json:"dirty_note"`
+		VCPU      struct {
+			Each []struct {
+				Run  int64 `json:"run_total_ns"`
+				Wait int64 `json:"wait_total_ns"`
+			} `json:"each"`
+			Slots uint64 `json:"idle_slots_total"`
+			Idle  int64  `json:"idle_total_ns"`
+		} `json:"vcpu"`
+		Network []struct {
+			Device   string `json:"device"`
+			In       uint64 `json:"in_bytes_total"`
+			Out      uint64 `json:"out_bytes_total"`
+			Requests uint64 `json:"requests_total"`
+			Answers  uint64 `json:"answers_total"`
+			Slots    uint64 `json:"idle_slots_total"`
+			False    uint64 `json:"false_idle_slots_total"`
+			Idle     int64  `json:"idle_total_ns"`
+			Estimate bool   `json:"estimate"`
+		} `json:"network"`
+		Disk struct {
+			Bytes  uint64 `json:"written_bytes_total"`
+			Writes uint64 `json:"writes_total"`
+		} `json:"disk"`
+	} `json:"vms"`
+	Missing []struct{ Program, Reason string } `json:"missing"`
+}
+
+// watch is a ckagent top that runs; lines are its looks.
+type watch struct {
+	t     testing.TB
+	cmd   *exec.Cmd
+	lines *bufio.Scanner
+	err   bytes.Buffer
+}
+
+func startTop(t testing.TB, args ...string) *watch {
+	t.Helper()
+	w := &watch{t: t, cmd: exec.Command(binary, append([]string{"top", "--json"}, args...)...)}
+	w.cmd.Stderr = &w.err
+	out, err := w.cmd.StdoutPipe()
+	if err == nil {
+		err = w.cmd.Start()
+	}
+	if err != nil {
+		t.Fatal(err)
+	}
+	w.lines = bufio.NewScanner(out)
+	w.lines.Buffer(nil, 1<<22)
+	t.Cleanup(func() {
+		_ = w.cmd.Process.Kill()
+		_ = w.cmd.Wait() // ended by us, or by itself
+	})
+	return w
+}
+
+func (w *watch) next() (l look) {
+	w.t.Helper()
+	if !w.lines.Scan() {
+		w.t.Fatalf("top ended: %v %s", w.lines.Err(), w.err.String())
+	}
+	if err := json.Unmarshal(w.lines.Bytes(), &l); err != nil {
+		w.t.Fatal(err)
+	}
+	if l.Schema != "ckagent.top/1" {
+		w.t.Fatalf("schema %q", l.Schema)
+	}
+	return l
+}
+
+// over returns two looks at least d apart.
+func (w *watch) over(d time.Duration) (a, b look) {
+	w.t.Helper()
+	a = w.next()
+	for b = w.next(); b.Time.Sub(a.Time) < d; {
+		b = w.next()
+	}
+	return a, b
+}
+
+// TestVCPUDuty: a guest whose CPUs are busy for a known share of the time. On a busy
+// host part of that is waiting for a processor.
+func TestVCPUDuty(t *testing.T) {
+	duties := []int{20, 80}
+	cpus, d := []int{2}, 2*time.Second
+	if campaign {
+		duties, cpus, d = []int{20, 50, 80}, []int{1, 2}, 10*time.Second
+	}
+	for _, n := range cpus {
+		for _, duty := range duties {
+			t.Run(fmt.Sprintf("%d vCPUs, %d %%", n, duty), func(t *testing.T) {
+				v := vmtest.Start(t, vmtest.Config{Guest: vmtest.Linux, MemoryMiB: 128, VCPUs: n, Append: fmt.Sprintf("GD_DUTY=%d GD_TICK=1000", duty)})
+				w := startTop(t, pidOf(v.PID()), "--dirty-every", "0", "--interval", "250ms")
+				w.next()
+				a, b := w.over(d)
+				wall := float64(b.Time.Sub(a.Time))
+				x, y := a.VMs[0].VCPU, b.VMs[0].VCPU
+				if len(y.Each) != n {
+					t.Fatalf("%d vCPUs", len(y.Each))
+				}
+				var sum float64
+				for i := range y.Each {
+					busy := 100 * float64(y.Each[i].Run+y.Each[i].Wait-x.Each[i].Run-x.Each[i].Wait) / wall
+					t.Logf("vCPU %d: %.1f %% busy (%.1f %% waiting)", i, busy, 100*float64(y.Each[i].Wait-x.Each[i].Wait)/wall)
+					sum += busy / float64(n)
+				}
+				slots, idle := y.Slots-x.Slots, 100*float64(y.Idle-x.Idle)/wall
+				t.Logf("mean %.1f %%; all idle %.1f %% of the time in %d slots", sum, idle, slots)
+				// The guest's kernel adds its own: ticks and the reports.
+				slack := 3.0
+				if campaign {
+					slack = 2
+				}
+				if sum < float64(duty)-slack || sum > float64(duty)+slack+2 {
+					t.Errorf("busy %.1f %%, known %d %%", sum, duty)
+				}
+				if slots == 0 || idle > 100-float64(duty)+slack {
+					t.Errorf("%d slots, all idle %.1f %% of the time", slots, idle)
+				}
+			})
+		}
+	}
+}
+
+// TestTapAndDisk: requests over a tap and writes to a disk, each counted to the last.
+func TestTapAndDisk(t *testing.T) {
+	x := newTap(t)
+	image := filepath.Join(t.TempDir(), "disk.raw")
+	for _, c := range [][]string{{"qemu-img", "create", "-q", "-f", "raw", image, "64M"}, {"mkfs.ext4", "-q", "-F", image}} {
+		if out, err := exec.Command(c[0], c[1:]...).CombinedOutput(); err != nil {
+			t.Fatalf("%v: %v: %s", c, err, out)
+		}
+	}
+	v := vmtest.Start(t, vmtest.Config{Guest: vmtest.Linux, MemoryMiB: 128, Append: x.guest + " GD_DISK=vda GD_FILES=disk",
+		Args: append(x.args, "-drive", "if=virtio,format=raw,cache=none,aio=native,file="+image)})
+	w := startTop(t, pidOf(v.PID()), "--dirty-every", "0", "--interval", "100ms", "--gap", "2ms")
+	first := w.next()
+	if len(first.Missing) > 0 {
+		t.Errorf("missing: %+v", first.Missing)
+	}
+	begin := w.next().VMs[0]
+	want := x.requests(t, 40)
+	time.Sleep(1500 * time.Millisecond)
+	answers := want()
+	var end look
+	eventually(t, "every answer is counted", func() bool {
+		end = w.next()
+		n := end.VMs[0].Network
+		return len(n) == 1 && n[0].Answers-begin.Network[0].Answers >= uint64(answers)
+	})
+	a, b := begin.Network[0], end.VMs[0].Network[0]
+	t.Logf("%d answers; %+v", answers, b)
+	if b.Device != x.name || b.Estimate || b.Answers-a.Answers != uint64(answers) || b.Requests-a.Requests > uint64(answers)+1 {
+		t.Errorf("%d answers were received: %+v", answers, b)
+	}
+	if slots := b.Slots - a.Slots; slots < uint64(answers)/2 {
+		t.Errorf("%d idle slots between %d requests 25 ms apart", slots, answers)
+	}
+	// The disk, by QEMU's own count.
+	m, err := vmtest.DialMonitor(t.Context(), v.QMPPath())
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer m.Close()
+	stats := func() (bytes, ops uint64) {
+		var out []struct {
+			Stats struct {
+				Bytes uint64 `json:"wr_bytes"`
+				Ops   uint64 `json:"wr_operations"`
+			} `json:"stats"`
+		}
+		if err := m.Execute(t.Context(), "query-blockstats", nil, &out); err != nil {
+			t.Fatal(err)
+		}
+		for _, s := range out {
+			bytes, ops = bytes+s.Stats.Bytes, ops+s.Stats.Ops
+		}
+		return bytes, ops
+	}
+	// Both counts go on: ours lies between two of QEMU's.
+	b0, _ := stats()
+	w.next()
+	d0 := w.next().VMs[0].Disk.Bytes
+	b1, _ := stats()
+	time.Sleep(time.Second)
+	b2, _ := stats()
+	w.next()
+	d1 := w.next().VMs[0].Disk.Bytes
+	b3, _ := stats()
+	t.Logf("disk: %d bytes written, QEMU says %d to %d", d1-d0, b2-b1, b3-b0)
+	if d1-d0 == 0 || d1-d0 < b2-b1 || d1-d0 > b3-b0 {
+		t.Errorf("%d bytes written, QEMU says %d to %d", d1-d0, b2-b1, b3-b0)
+	}
+	v.Invariants()
+}
+
+// TestManyVMs: small guests are started and killed at random while one ckagent
+// watches them all. Nothing leaks, and the figures of those that live are right.
+func TestManyVMs(t *testing.T) {
+	n, d := 4, 6*time.Second
+	if campaign {
+		n, d = 20, 5*time.Minute
+	}
+	k := known{4, 400, "random"}
+	var vms []*vmtest.VM
+	for range n {
+		vms = append(vms, k.start(t))
+	}
+	// Only ours: others may run tests on this host.
+	w := startTop(t, "--match", fmt.Sprintf("vmtest-%d-*", os.Getpid()), "--dirty-every", "1s", "--interval", "200ms", "--max-share", "0.9")
+	usage := func() (kib, fds int) {
+		b, err := os.ReadFile(fmt.Sprintf("/proc/%d/status", w.cmd.Process.Pid))
+		if err != nil {
+			t.Fatal(err)
+		}
+		for line := range strings.Lines(string(b)) {
+			if rest, ok := strings.CutPrefix(line, "VmRSS:"); ok {
+				kib, _ = strconv.Atoi(strings.Fields(rest)[0])
+			}
+		}
+		list, err := os.ReadDir(fmt.Sprintf("/proc/%d/fd", w.cmd.Process.Pid))
+		if err != nil {
+			t.Fatal(err)
+		}
+		return kib, len(list)
+	}
+	rates := func(l look) map[int]float64 {
+		out := map[int]float64{}
+		for _, v := range l.VMs {
+			if v.Dirty != nil {
+				out[v.PID] = v.Dirty.Rate
+			}
+		}
+		return out
+	}
+	ours := func(l look) (seen int) {
+		for _, v := range l.VMs {
+			for _, m := range vms {
+				if v.PID == m.PID() {
+					seen++
+				}
+			}
+		}
+		return seen
+	}
+	eventually(t, "all are seen", func() bool { return ours(w.next()) == n })
+	_, fds := usage()
+	kib := 0
+	rounds := 0
+	for begin := time.Now(); time.Since(begin) < d; rounds++ {
+		i := rand.IntN(n)
+		if err := vms[i].Signal(unix.SIGKILL); err != nil {
+			t.Fatal(err)
+		}
+		<-vms[i].Done()
+		vms[i].Kill()
+		vms[i] = k.start(t)
+		pid := vms[i].PID()
+		eventually(t, "the new one is seen", func() bool {
+			for _, v := range w.next().VMs {
+				if v.PID == pid {
+					return true
+				}
+			}
+			return false
+		})
+		if rounds == 5 {
+			kib, _ = usage()
+		}
+	}
+	eventually(t, "all have a dirty rate", func() bool { return len(rates(w.next())) >= n })
+	off := 0
+	l := w.next()
+	for _, v := range vms {
+		got := rates(l)[v.PID()]
+		// A window of half a second on a busy host: the figure has to be of the right
+		// size, not right to the percent.
+		if got < 150 || got > 700 {
+			off++
+			t.Logf("pid %d: %.0f pages/s, known 400", v.PID(), got)
+		}
+		v.Invariants()
+	}
+	if off > n/4 {
+		t.Errorf("%d of %d rates are off", off, n)
+	}
+	endKiB, endFDs := usage()
+	t.Logf("%d killed and started; %d -> %d descriptors, %d -> %d KiB", rounds, fds, endFDs, kib, endKiB)
+	// Sampling opens some for a moment.
+	if endFDs > fds+12 {
+		t.Errorf("descriptors grew from %d to %d", fds, endFDs)
+	}
+	if kib > 0 && endKiB > kib+32<<10 {
+		t.Errorf("memory grew from %d to %d KiB", kib, endKiB)
+	}
+	if err := w.cmd.Process.Signal(unix.SIGINT); err != nil {
+		t.Fatal(err)
+	}
+	for w.lines.Scan() {
+	}
+	if err := w.cmd.Wait(); err != nil {
+		t.Errorf("interrupted: %v %s", err, w.err.String())
+	}
+	for _, v := range vms {
+		noTrace(t, v)
+	}
+}
+
+// TestTopUsage: what makes no sense is refused.
+func TestTopUsage(t *testing.T) {
+	for _, args := range [][]string{{"--interval", "1ms"}, {"--gap", "0"}, {"--metrics", "0.0.0.0:9464"}, {"--max-share", "2"}, {"--qmp", "unix:/x"}, {"x"}, {"--match", "[", "--count", "1"}, {"--match", "x", "1"}} {
+		if code := run(t, nil, append([]string{"top", "--count", "1"}, args...)...); code != 2 {
+			t.Errorf("%v: exit code %d", args, code)
+		}
+	}
+	if code := run(t, nil, "top", pidOf(os.Getpid())); code != 3 {
+		t.Errorf("a process that is no QEMU: exit code %d", code)
+	}
+	if code := run(t, nil, "top", "1000000000"); code != 6 {
+		t.Errorf("no process: exit code %d", code)
+	}
+}
