@@ -7,8 +7,8 @@ import (
 	"errors"
 	"os"
 	"path/filepath"
+	"slices"
 	"strings"
-	"sync/atomic"
 
 	"golang.org/x/sync/errgroup"
 
@@ -131,8 +131,8 @@ func (x *run) disks(ctx context.Context) error {
 	}
 	// Who runs without root's rights cannot open the store's files.
 	foreign := x.plan.UID != os.Geteuid()
-	x.madeDisks = make([]atomic.Bool, len(x.plan.Disks))
 	g, gctx := errgroup.WithContext(ctx)
+	failed := make([]error, len(x.plan.Disks))
 	for i, f := range x.plan.Disks {
 		s, copied, err := x.spec(x.m.Disks[i], f)
 		if err != nil {
@@ -147,25 +147,50 @@ func (x *run) disks(ctx context.Context) error {
 			}
 		}
 		x.res.Disks = append(x.res.Disks, res)
+		create := overlay.Create
+		if copied {
+			create = overlay.Copy
+		}
 		g.Go(func() error {
-			create := overlay.Create
-			if copied {
-				create = overlay.Copy
-			}
-			if err := create(gctx, s); err != nil {
-				return err // whatever lies at that path is not ours
-			}
-			x.madeDisks[i].Store(true)
-			return nil
+			failed[i] = create(gctx, s)
+			return failed[i]
 		})
 	}
-	if err := g.Wait(); err != nil {
+	err := g.Wait()
+	for i, f := range x.plan.Disks {
+		if errors.Is(failed[i], os.ErrExist) { // somebody else made it just now: not ours to remove
+			x.dir.state.Disks = slices.DeleteFunc(x.dir.state.Disks, func(path string) bool { return path == f.Path })
+		}
+	}
+	if err != nil {
 		return err
 	}
 	if foreign {
 		x.note("the disks were copied out of the store: QEMU runs as uid %d, which may not read it", x.plan.UID)
 	}
 	return nil
+}
+
+// disksToMake names what disks is about to make, which must not be there: it is noted
+// before it is made, so that nothing of a restore that is killed stays for ever, and
+// what is noted will be removed if the guest never runs.
+func (x *run) disksToMake() (files []string, dir string, err error) {
+	if len(x.plan.Disks) == 0 {
+		return nil, "", nil
+	}
+	for _, f := range x.plan.Disks {
+		if _, err := os.Lstat(f.Path); !errors.Is(err, os.ErrNotExist) {
+			if err == nil {
+				return nil, "", overlay.Exists(f.Path)
+			}
+			return nil, "", problem.New(problem.Failed, "make disk", f.Path, "%w", err)
+		}
+		files = append(files, f.Path)
+	}
+	if _, err := os.Lstat(x.o.DiskDir); errors.Is(err, os.ErrNotExist) {
+		dir = x.o.DiskDir
+	}
+	return files, dir, nil
 }
 
 // spec describes the file for one disk, and whether it must be a copy.
@@ -233,7 +258,6 @@ func (x *run) makeDiskDir(dir string) error {
 	if err := os.Mkdir(dir, 0o700); err != nil {
 		return fail(err)
 	}
-	x.madeDir = dir
 	if x.plan.UID == os.Geteuid() {
 		return nil
 	}
@@ -241,19 +265,6 @@ func (x *run) makeDiskDir(dir string) error {
 		return fail(err)
 	}
 	return nil
-}
-
-// removeDisks takes away what was made for a guest that never ran.
-func (x *run) removeDisks() {
-	for i := range x.madeDisks {
-		if x.madeDisks[i].Load() {
-			_ = os.Remove(x.plan.Disks[i].Path)
-		}
-	}
-	if x.madeDir != "" {
-		_ = os.Remove(x.madeDir)
-		_ = os.Remove(filepath.Dir(x.madeDir)) // of the VM; stays while there are others
-	}
 }
 
 // compareOriginals makes sure that every original image is still what it was.

@@ -2,6 +2,7 @@ package restore
 
 import (
 	"encoding/json"
+	"errors"
 	"os"
 	"path/filepath"
 	"strconv"
@@ -63,6 +64,12 @@ func TestSweepAfterKilledRestorer(t *testing.T) {
 			if n, err := Sweep(o.RunRoot); err != nil || n != 0 {
 				t.Errorf("swept %d, %v: but its restorer had finished", n, err)
 			}
+			// Disks of a guest that never ran go with it; others are all there is of it.
+			s.DiskDir = filepath.Join(t.TempDir(), "vm", "disks")
+			s.Disks = []string{filepath.Join(s.DiskDir, "a.qcow2"), filepath.Join(s.DiskDir, "never-made")}
+			if err := errors.Join(os.MkdirAll(s.DiskDir, 0o700), os.WriteFile(s.Disks[0], []byte("disk"), 0o600)); err != nil {
+				t.Fatal(err)
+			}
 			s.Guest, s.Restorer = stageTold, identity{PID: s.Restorer.PID, Start: s.Restorer.Start + 1}
 			if raw, err = json.Marshal(s); err == nil {
 				err = os.WriteFile(path, raw, 0o600)
@@ -75,6 +82,19 @@ func TestSweepAfterKilledRestorer(t *testing.T) {
 			}
 			if alive := s.QEMU.alive(); alive == c.gone {
 				t.Errorf("QEMU is alive: %v", alive)
+			}
+			if _, err := os.Stat(s.DiskDir); (err == nil) == c.gone {
+				t.Errorf("directory of its disks: %v", err)
+			}
+			if c.gone {
+				return
+			}
+			s.QEMU.end()
+			if n, err := Sweep(o.RunRoot); err != nil || n != 1 {
+				t.Errorf("swept %d after its end, %v", n, err)
+			}
+			if _, err := os.Stat(s.Disks[0]); err != nil {
+				t.Errorf("the disk of a guest that ran: %v", err)
 			}
 		})
 	}

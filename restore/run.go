@@ -7,7 +7,6 @@ import (
 	"fmt"
 	"os"
 	"strings"
-	"sync/atomic"
 	"time"
 
 	"golang.org/x/sync/errgroup"
@@ -51,10 +50,8 @@ type run struct {
 
 	cpuNote string
 
-	madeDisks []atomic.Bool // by plan.Disks
-	madeDir   string        // for them
-	keep      keeper        // nil outside a store
-	giveBack  []func() error
+	keep     keeper // nil outside a store
+	giveBack []func() error
 }
 
 // RunImage restores the checkpoint behind an opened reader, which it leaves open.
@@ -145,7 +142,9 @@ func (x *run) undo() {
 	if x.plan != nil && !strings.HasPrefix(x.plan.QMPPath, x.plan.RunDir+"/") && x.q != nil {
 		_ = os.Remove(x.plan.QMPPath)
 	}
-	x.removeDisks()
+	if x.dir != nil {
+		x.dir.state.removeDisks()
+	}
 	_ = x.give() // what is left names a dead process or a file that is gone: gc finds it
 	if x.dir != nil {
 		_ = x.dir.remove()
@@ -201,9 +200,6 @@ func (x *run) prepare(ctx context.Context) (err error) {
 	for _, c := range netid.Conflicts(p.NICs) {
 		x.note("%s", c)
 	}
-	if err := x.disks(ctx); err != nil {
-		return err
-	}
 	if err := x.dir.own(p.UID, p.GID); err != nil {
 		return problem.New(problem.Failed, "make run directory", x.dir.path, "%w", err)
 	}
@@ -216,7 +212,13 @@ func (x *run) prepare(ctx context.Context) (err error) {
 		return problem.New(problem.Failed, "read start time", "", "%w", err)
 	}
 	x.dir.state = state{Checkpoint: x.m.ID, VM: x.m.VM, Name: p.Name, BootID: boot, Restorer: identity{os.Getpid(), self}}
+	if x.dir.state.Disks, x.dir.state.DiskDir, err = x.disksToMake(); err != nil {
+		return err
+	}
 	if err := x.dir.save(); err != nil {
+		return err
+	}
+	if err := x.disks(ctx); err != nil {
 		return err
 	}
 	x.res.Name, x.res.QMP, x.res.RunDir, x.res.Changes, x.res.Paused = p.Name, p.QMPPath, p.RunDir, p.Changes, p.Paused

@@ -30,6 +30,21 @@ type state struct {
 	Restorer   identity `json:"restorer"`
 	QEMU       identity `json:"qemu"` // zero while it is being started
 	Guest      stage    `json:"guest,omitempty"`
+	// Disks are the files made for the guest, DiskDir the directory that was made for
+	// them. Once the guest may have run they are its own, and nobody removes them.
+	Disks   []string `json:"disks,omitempty"`
+	DiskDir string   `json:"disk_dir,omitempty"`
+}
+
+// removeDisks takes away what was made for a guest that certainly never ran.
+func (s *state) removeDisks() {
+	for _, path := range s.Disks {
+		_ = os.Remove(path) // it may never have been made
+	}
+	if s.DiskDir != "" {
+		_ = os.Remove(s.DiskDir)
+		_ = os.Remove(filepath.Dir(s.DiskDir)) // of the VM; stays while there are others
+	}
 }
 
 // identity is a process that cannot be mistaken for its successor.
@@ -204,12 +219,16 @@ func Sweep(root string) (int, error) {
 		if s.BootID == boot {
 			if s.QEMU.alive() && !s.Restorer.alive() && (s.Guest == stageHeld || s.Guest == stageTold && neverRan(s.QEMU.PID)) {
 				s.QEMU.end()
+				s.Guest = stageHeld // for certain, as it stays ended
 			}
 			if s.QEMU.alive() || s.Restorer.alive() && s.QEMU.PID == 0 {
 				continue
 			}
 		}
 		cgroup.Remove(groupName(s.QEMU.PID)) // fails while a process is in it
+		if s.Guest == "" || s.Guest == stageHeld {
+			s.removeDisks()
+		}
 		if err := os.RemoveAll(dir); err != nil {
 			return n, err
 		}

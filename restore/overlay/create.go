@@ -45,13 +45,18 @@ func Copy(ctx context.Context, s Spec) error {
 	return s.make(ctx, append(args, "--", s.Backing, s.Path)...)
 }
 
+// Exists is the refusal to make a file that is there.
+func Exists(path string) error {
+	return problem.New(problem.Refused, "make disk", path, "%w", os.ErrExist).
+		WithHint("it may be the disk of a VM restored before: name another directory with --disk-dir")
+}
+
 // make runs qemu-img on a file that exists from here on, with its final owner.
 func (s Spec) make(ctx context.Context, args ...string) (err error) {
 	f, err := os.OpenFile(s.Path, os.O_CREATE|os.O_EXCL|os.O_WRONLY|unix.O_NOFOLLOW, 0o600)
 	if err != nil {
 		if errors.Is(err, os.ErrExist) {
-			return problem.New(problem.Refused, "make disk", s.Path, "%w", err).
-				WithHint("it may be the disk of a VM restored before: name another directory with --disk-dir")
+			return Exists(s.Path)
 		}
 		return problem.New(codeOf(err), "make disk", s.Path, "%w", err).
 			WithHint("--disk-dir DIR names another place for the restored VM's disks")
