@@ -4,16 +4,13 @@ import (
 	"bytes"
 	"context"
 	"errors"
-	"fmt"
 	"os"
 	"os/exec"
 	"path/filepath"
 	"strings"
 	"testing"
 
-	"github.com/cilium/ebpf"
 	"go.uber.org/goleak"
-	"golang.org/x/sys/unix"
 )
 
 func TestMain(m *testing.M) { goleak.VerifyTestMain(m) }
@@ -59,22 +56,6 @@ func TestCancelled(t *testing.T) {
 	for _, r := range All(ctx) {
 		if r.OK || !errors.Is(r.Err, context.Canceled) {
 			t.Errorf("%+v", r)
-		}
-	}
-}
-
-func TestExplain(t *testing.T) {
-	for _, c := range []struct {
-		err  error
-		want string
-	}{
-		{fmt.Errorf("attach: %w", unix.EPERM), "not permitted"},
-		{fmt.Errorf("tcx: %w", ebpf.ErrNotSupported), "not in this kernel"},
-		{errors.New("one\ntwo"), "one"},
-		{&ebpf.VerifierError{Cause: unix.EINVAL, Log: []string{"0: R1=ctx", "unknown func 169"}}, "unknown func 169"},
-	} {
-		if got := explain(c.err); !strings.Contains(got, c.want) || strings.Contains(got, "two") {
-			t.Errorf("%v: %q", c.err, got)
 		}
 	}
 }

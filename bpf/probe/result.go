@@ -2,12 +2,8 @@ package probe
 
 import (
 	"context"
-	"errors"
-	"fmt"
-	"strings"
 
-	"github.com/cilium/ebpf"
-	"golang.org/x/sys/unix"
+	"github.com/ckagent/ckagent/bpf/load"
 )
 
 // Result is the outcome of one probe.
@@ -48,6 +44,21 @@ var probes = []struct {
 	{"fentry", fentry,
 		"nothing that matters: hooks on kernel functions are an optional refinement of the fault tracepoints",
 		"Linux 5.5 or later with CONFIG_FUNCTION_TRACER, not in lockdown confidentiality mode"},
+	{"signal dirty", dirtySignal,
+		"no live count of written pages between two scans; the page map alone is used",
+		"Linux 5.5 or later with BTF; not in lockdown confidentiality mode"},
+	{"signal vcpu", vcpuSignal,
+		"no idle slots of vCPUs; run and wait times come from /proc/PID/task/TID/schedstat",
+		"Linux 5.18 or later with BTF; not in lockdown confidentiality mode"},
+	{"signal disk", diskSignal,
+		"disk writes by file are not counted, or not those by io_uring; write_bytes of /proc/PID/io is used, or what the other ways write",
+		"Linux 6.16 or later with BTF for io_uring, 5.5 for the rest; not in lockdown confidentiality mode"},
+	{"signal net", netSignal,
+		"no packets, requests, stalls and idle slots of taps; traffic is counted by sockets where QEMU itself is the network",
+		"Linux 6.6 or later, and CAP_NET_ADMIN"},
+	{"signal sock", sockSignal,
+		"no network figures of VMs without a tap",
+		"Linux 6.3 or later with BTF; not in lockdown confidentiality mode"},
 }
 
 // Names are the names of all probes, in order.
@@ -72,31 +83,9 @@ func All(ctx context.Context) []Result {
 		if err == nil {
 			r.OK = true
 		} else {
-			r.Err, r.Detail, r.Costs, r.Mend = err, explain(err), p.costs, p.mend
+			r.Err, r.Detail, r.Costs, r.Mend = err, load.Explain(err), p.costs, p.mend
 		}
 		out = append(out, r)
 	}
 	return out
-}
-
-// explain shortens what the loader says to what an operator needs.
-func explain(err error) string {
-	text := err.Error()
-	if ve, ok := errors.AsType[*ebpf.VerifierError](err); ok {
-		// The last line of the verifier's log says why.
-		text = ve.Cause.Error()
-		if n := len(ve.Log); n > 0 {
-			text += ": " + ve.Log[n-1]
-		}
-	}
-	if i := strings.IndexByte(text, '\n'); i >= 0 {
-		text = text[:i]
-	}
-	switch {
-	case errors.Is(err, unix.EPERM) || errors.Is(err, unix.EACCES):
-		return fmt.Sprintf("not permitted (missing capability, lockdown, or kernel.unprivileged_bpf_disabled): %s", text)
-	case errors.Is(err, ebpf.ErrNotSupported):
-		return "not in this kernel: " + text
-	}
-	return text
 }
