@@ -101,10 +101,19 @@ func (w *watch) next() (l look) {
 	return l
 }
 
+// fresh returns a look taken from now on: older ones may wait in the pipe.
+func (w *watch) fresh() (l look) {
+	w.t.Helper()
+	for now := time.Now(); l.Time.Before(now); {
+		l = w.next()
+	}
+	return l
+}
+
 // over returns two looks at least d apart.
 func (w *watch) over(d time.Duration) (a, b look) {
 	w.t.Helper()
-	a = w.next()
+	a = w.fresh()
 	for b = w.next(); b.Time.Sub(a.Time) < d; {
 		b = w.next()
 	}
@@ -171,7 +180,7 @@ func TestTapAndDisk(t *testing.T) {
 	if len(first.Missing) > 0 {
 		t.Errorf("missing: %+v", first.Missing)
 	}
-	begin := w.next().VMs[0]
+	begin := w.fresh().VMs[0]
 	want := x.requests(t, 40)
 	time.Sleep(1500 * time.Millisecond)
 	answers := want()
@@ -212,13 +221,11 @@ func TestTapAndDisk(t *testing.T) {
 	}
 	// Both counts go on: ours lies between two of QEMU's.
 	b0, _ := stats()
-	w.next()
-	d0 := w.next().VMs[0].Disk.Bytes
+	d0 := w.fresh().VMs[0].Disk.Bytes
 	b1, _ := stats()
 	time.Sleep(time.Second)
 	b2, _ := stats()
-	w.next()
-	d1 := w.next().VMs[0].Disk.Bytes
+	d1 := w.fresh().VMs[0].Disk.Bytes
 	b3, _ := stats()
 	t.Logf("disk: %d bytes written, QEMU says %d to %d", d1-d0, b2-b1, b3-b0)
 	if d1-d0 == 0 || d1-d0 < b2-b1 || d1-d0 > b3-b0 {

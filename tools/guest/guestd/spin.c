@@ -65,7 +65,22 @@ void spin_init(void) {
 		beat_ticks = us * (u64)ticks_per_us;
 }
 
+// A duty cycle: busy for a share of every period by the clock, asleep for the rest.
+static void *duty(void *arg) {
+	pin((long)(uintptr_t)arg);
+	u64 share = param_u64("DUTY", 0), period = param_u64("DUTY_MS", 20) * 1000000ull;
+	for (u64 begin = mono_ns();; begin += period) {
+		while (mono_ns() < begin + period * share / 100)
+			;
+		sleep_until(begin + period);
+	}
+	return NULL;
+}
+
 void spin_start(void) {
+	if (param("DUTY", NULL))
+		for (long cpu = 0; cpu < sysconf(_SC_NPROCESSORS_ONLN); cpu++)
+			spawn(duty, (void *)(uintptr_t)cpu, "duty");
 	if (spin_cpu >= 0)
 		spawn(spin, NULL, "spin");
 }
