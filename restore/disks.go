@@ -210,10 +210,15 @@ func (x *run) spec(d image.Disk, f plan.DiskFile) (s overlay.Spec, copied bool, 
 		if f.Direct && !overlay.DirectIO(filepath.Dir(s.Backing)) {
 			copied = true // QEMU opens the whole chain the same way
 		}
-	case image.DiskOverlay:
+	case image.DiskOverlay, image.DiskSnapshot:
 		s.Backing, s.Format = d.Path, d.Format
-	case image.DiskSnapshot:
-		s.Backing, s.Format, s.Snapshot, copied = d.Path, d.Format, d.Snapshot, true
+		if d.Method == image.DiskSnapshot {
+			s.Snapshot, copied = d.Snapshot, true
+		}
+		if _, err := os.Stat(d.Path); err != nil {
+			return s, false, problem.New(problem.Refused, "restore", "disk "+d.Name, "its content is kept in the original image, which cannot be opened: %w", err).
+				WithHint("put %s back; checkpoints taken with --disks backup have their disks in the store", d.Path)
+		}
 	default:
 		return s, false, problem.New(problem.Refused, "restore", x.m.ID, "disk %s: its content is kept in a way this version does not know (%s)", d.Name, d.Method).
 			WithHint("a newer ckagent may: it was taken by %s", x.m.Writer)
