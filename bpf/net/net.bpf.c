@@ -47,6 +47,8 @@ struct device {
 	__s64 stalled; /* windows closed now */
 	__u32 idle;
 	__u32 armed;
+	__u32 ready;
+	__u32 pad;
 	__u32 notify;
 	__u32 lost;
 	__u32 ifindex;
@@ -138,9 +140,11 @@ static __always_inline void wake(struct device *d, __u64 now)
 		tell(d, IDLE_ENDS, now, ns);
 	}
 	if (__sync_val_compare_and_swap(&d->armed, 0, 1) == 0) {
-		/* The first packet of a device also makes the timer; later inits fail. */
-		bpf_timer_init(&d->timer, &devices, CLOCK_MONOTONIC);
-		bpf_timer_set_callback(&d->timer, on_timer);
+		if (!d->ready) { /* the first packet makes the timer */
+			bpf_timer_init(&d->timer, &devices, CLOCK_MONOTONIC);
+			bpf_timer_set_callback(&d->timer, on_timer);
+			d->ready = 1;
+		}
 		bpf_timer_start(&d->timer, d->gap_ns, 0);
 	}
 }

@@ -41,6 +41,8 @@ type objectsDevice struct {
 	Stalled    int64
 	Idle       uint32
 	Armed      uint32
+	Ready      uint32
+	Pad        uint32
 	Notify     uint32
 	Lost       uint32
 	Ifindex    uint32

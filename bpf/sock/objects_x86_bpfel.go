@@ -32,6 +32,8 @@ type objectsProcess struct {
 	Longest   uint64
 	Idle      uint32
 	Armed     uint32
+	Ready     uint32
+	Pad       uint32
 }
 
 // Names of all BPF objects in the ELF.

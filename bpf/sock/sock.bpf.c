@@ -20,6 +20,8 @@ struct process {
 	__u64 idle_since, idle_ns, slots, longest;
 	__u32 idle;
 	__u32 armed;
+	__u32 ready;
+	__u32 pad;
 };
 
 struct {
@@ -76,8 +78,11 @@ static __always_inline int transfer(struct sock *sk, int ret, int to_vm)
 			p->longest = ns;
 	}
 	if (__sync_val_compare_and_swap(&p->armed, 0, 1) == 0) {
-		bpf_timer_init(&p->timer, &processes, CLOCK_MONOTONIC);
-		bpf_timer_set_callback(&p->timer, on_timer);
+		if (!p->ready) {
+			bpf_timer_init(&p->timer, &processes, CLOCK_MONOTONIC);
+			bpf_timer_set_callback(&p->timer, on_timer);
+			p->ready = 1;
+		}
 		bpf_timer_start(&p->timer, p->gap_ns, 0);
 	}
 	return 0;

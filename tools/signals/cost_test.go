@@ -85,7 +85,7 @@ func TestProgramCost(t *testing.T) {
 		ns := s.Runtime.Nanoseconds() / int64(s.RunCount)
 		t.Logf("%-26s %7d runs, %5d ns each", name, s.RunCount, ns)
 		// An order of magnitude above what is usual: interrupts are counted along.
-		if s.RunCount > 100 && ns > 5000 {
+		if s.RunCount > 1000 && ns > 5000 {
 			t.Errorf("%s takes %d ns", name, ns)
 		}
 	}
