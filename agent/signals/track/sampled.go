@@ -92,7 +92,8 @@ func (s *Sampled) Window(ctx context.Context, d time.Duration) (Window, error) {
 	if err := s.eachRun(units, s.t.Arm); err != nil {
 		return Window{}, err
 	}
-	armed := middle(arming, time.Now())
+	armSpan := time.Since(arming)
+	armed := middle(arming, arming.Add(armSpan))
 	if s.windows == panelAfter {
 		s.panel = newPanel(s.t, s.sampler.Design(), units, armed)
 	}
@@ -113,7 +114,8 @@ func (s *Sampled) Window(ctx context.Context, d time.Duration) (Window, error) {
 	if err := s.look(units); err != nil {
 		return Window{}, err
 	}
-	looked := middle(looking, time.Now())
+	lookSpan := time.Since(looking)
+	looked := middle(looking, looking.Add(lookSpan))
 	if s.content != nil {
 		if err := s.content.after(); err != nil {
 			return Window{}, err
@@ -122,6 +124,7 @@ func (s *Sampled) Window(ctx context.Context, d time.Duration) (Window, error) {
 	e := s.sampler.Observe(units)
 	s.windows++
 	took := looked.Sub(armed)
+	e.Error = math.Hypot(e.Error, edge(e.Pages/took.Seconds(), armSpan, lookSpan))
 	s.curve.Add(took, e.Pages)
 	if g, at, err := s.panel.total(looked); err != nil {
 		return Window{}, err
@@ -130,6 +133,13 @@ func (s *Sampled) Window(ctx context.Context, d time.Duration) (Window, error) {
 	}
 	return Window{Begin: armed, Time: took, Rate: e.Pages / took.Seconds(), Error: e.Error / took.Seconds(), Armed: e.Armed,
 		Observed: e.Observed, Busy: busy + time.Since(looking)}, nil
+}
+
+// edge is what the window's edges add to the error bar: a load that sits in one place
+// while the sample is armed or looked at falls into the window up to half of that time
+// too early or too late. On a host with time to spare it is next to nothing.
+func edge(pagesPerSecond float64, arm, look time.Duration) float64 {
+	return 1.96 * pagesPerSecond * math.Hypot(arm.Seconds(), look.Seconds()) / (2 * math.Sqrt(3))
 }
 
 func middle(a, b time.Time) time.Time { return a.Add(b.Sub(a) / 2) }
