@@ -48,7 +48,7 @@ func Attach(ctx context.Context, pid int, o Options) (*VM, error) {
 	if err != nil {
 		return nil, err
 	}
-	lock, err := vm.Lock(proc)
+	lock, err := vm.Lock(ctx, proc)
 	if err != nil {
 		return nil, errors.Join(err, proc.Close())
 	}
@@ -152,7 +152,7 @@ func (v *VM) Checkpoint(ctx context.Context, st *store.Store, o capture.Options)
 	}
 	var res *capture.Result
 	missed, err := v.opts.Hooks.around(ctx, v, func() (id string, err error) {
-		res, err = capture.Take(ctx, capture.Subject{Target: v.target, Name: v.Name, Machine: v.machine, QEMU: v.qemu}, st, o)
+		res, err = capture.Take(ctx, capture.Subject{Target: v.target, Name: v.Name, Machine: v.machine, QEMU: v.qemu, Lock: v.lock.File()}, st, o)
 		if err != nil {
 			return "", err
 		}

@@ -18,7 +18,7 @@ func Detach(ctx context.Context, pid int, monitor string) (swept disk.Swept, err
 		return swept, err
 	}
 	defer func() { err = errors.Join(err, proc.Close()) }()
-	lock, err := vm.Lock(proc)
+	lock, err := vm.Lock(ctx, proc)
 	if err != nil {
 		return swept, err
 	}

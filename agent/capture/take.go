@@ -25,6 +25,7 @@ type Subject struct {
 	Name    string     // of the VM in the store
 	Machine image.Machine
 	QEMU    image.QEMU
+	Lock    *os.File // of the VM (vm.FileLock), for the guardian to hold on to
 }
 
 // Result is a checkpoint that exists.

@@ -54,7 +54,7 @@ func startWatch(ctx context.Context, s *session) (w *watch, err error) {
 	w.guard, err = guardian.Start(ctx, guardian.Config{
 		Self: s.o.Helper[0], Args: append(s.o.Helper[1:len(s.o.Helper):len(s.o.Helper)], guardian.Verb),
 		Control: w.page, QEMU: s.target.Process, QMP: socket, Endpoint: s.target.Endpoint,
-		FaultServerPID: serverPID, ServerStall: max(s.o.MaxStall, guardian.DefaultServerStall),
+		Lock: s.sub.Lock, FaultServerPID: serverPID, ServerStall: max(s.o.MaxStall, guardian.DefaultServerStall),
 		Stderr: os.Stderr,
 	})
 	if err != nil {

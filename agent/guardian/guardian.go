@@ -47,6 +47,7 @@ type Config struct {
 	QEMU           *vm.Process   // the VM
 	QMP            *os.File      // duplicate of the agent's QMP socket (qmp.Client.DupFile); may be nil
 	Endpoint       qmp.Endpoint  // where to reconnect should that socket be lost; zero is nowhere
+	Lock           *os.File      // of the VM: nobody else works on it before the guardian has ended; may be nil
 	FaultServerPID int           // 0 if there is none
 	ServerStall    time.Duration // 0 is DefaultServerStall; must exceed the longest arm
 	ServerGrace    time.Duration // 0 is DefaultServerGrace
@@ -75,6 +76,7 @@ const (
 	qemuFD
 	serverFD
 	qmpFD
+	lockFD // only held
 )
 
 // setup is what the child is told over the link.
@@ -127,7 +129,7 @@ func Start(ctx context.Context, cfg Config) (*Guardian, error) {
 	}
 	defer agent.Close()
 	s.Agent = id
-	server, socket := null, null
+	server, socket, lock := null, null, null
 	if cfg.FaultServerPID != 0 {
 		if server, s.Server, err = openPID(cfg.FaultServerPID); err != nil {
 			return fail(fmt.Errorf("fault server: %w", err))
@@ -136,6 +138,9 @@ func Start(ctx context.Context, cfg Config) (*Guardian, error) {
 	}
 	if cfg.QMP != nil {
 		socket = cfg.QMP
+	}
+	if cfg.Lock != nil {
+		lock = cfg.Lock
 	}
 	ours, theirs, err := socketPair()
 	if err != nil {
@@ -149,7 +154,7 @@ func Start(ctx context.Context, cfg Config) (*Guardian, error) {
 	}
 	g := &Guardian{qemu: qemu, link: ours, control: control, done: make(chan struct{})}
 	g.cmd = command(cfg)
-	g.cmd.ExtraFiles = []*os.File{theirs, cfg.Control, agent, cfg.QEMU.PidFD(), server, socket}
+	g.cmd.ExtraFiles = []*os.File{theirs, cfg.Control, agent, cfg.QEMU.PidFD(), server, socket, lock}
 	err = g.cmd.Start()
 	theirs.Close() // or its end would not be seen
 	if err != nil {

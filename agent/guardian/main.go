@@ -82,7 +82,7 @@ func newChild(ctx context.Context) (*child, error) {
 	if err := json.Unmarshal(buf[:n], &g.setup); err != nil {
 		return nil, fmt.Errorf("guardian: setup: %w", err)
 	}
-	for fd := linkFD; fd <= qmpFD; fd++ {
+	for fd := linkFD; fd <= lockFD; fd++ {
 		unix.CloseOnExec(fd)
 	}
 	g.page = os.NewFile(controlFD, "control")

@@ -79,7 +79,7 @@ func (w *Watcher) sampleDirty(ctx context.Context) {
 
 // window takes the VM, samples once and lets go.
 func (v *watched) window(ctx context.Context, o WatchOptions) (out *Dirty, err error) {
-	lock, err := vm.Lock(v.process)
+	lock, err := vm.Lock(ctx, v.process)
 	if err != nil {
 		return nil, err
 	}

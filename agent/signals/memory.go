@@ -49,7 +49,7 @@ func OpenMemory(ctx context.Context, pid int, o MemoryOptions) (m *Memory, err e
 	if err = errors.Join(err, t.QMP.Close()); err != nil {
 		return m, err
 	}
-	if m.lock, err = vm.Lock(t.Process); err != nil {
+	if m.lock, err = vm.Lock(ctx, t.Process); err != nil {
 		return m, err
 	}
 	var vcpus []int

@@ -1,6 +1,7 @@
 package vm
 
 import (
+	"context"
 	"errors"
 	"fmt"
 	"os"
@@ -8,8 +9,10 @@ import (
 	"strconv"
 	"strings"
 	"sync"
+	"time"
 
 	"github.com/ckagent/ckagent/agent/problem"
+	"github.com/ckagent/ckagent/agent/procstat"
 	"golang.org/x/sys/unix"
 )
 
@@ -26,10 +29,19 @@ type FileLock struct {
 	err  error
 }
 
-// Lock takes the lock of a VM, or fails with problem.Busy naming the holder.
-func Lock(p *Process) (*FileLock, error) { return lockIn(LockDir, p.PID, p.StartTicks) }
+// aftermath is how long a lock whose holder is dead is waited for: a guardian that
+// inherited it is putting the VM right.
+const aftermath = 5 * time.Second
 
-func lockIn(dir string, pid int, start uint64) (*FileLock, error) {
+// Lock takes the lock of a VM, or fails with problem.Busy naming the holder. It waits
+// a while for the guardian of a holder that was killed.
+func Lock(ctx context.Context, p *Process) (*FileLock, error) {
+	ctx, cancel := context.WithTimeout(ctx, aftermath)
+	defer cancel()
+	return lockIn(ctx, LockDir, p.PID, p.StartTicks)
+}
+
+func lockIn(ctx context.Context, dir string, pid int, start uint64) (*FileLock, error) {
 	fail := func(err error) (*FileLock, error) {
 		return nil, problem.New(problem.Failed, "lock", object(pid), "%w", err).
 			WithHint("locks live in %s, which must be writable", dir)
@@ -38,6 +50,8 @@ func lockIn(dir string, pid int, start uint64) (*FileLock, error) {
 		return fail(err)
 	}
 	path := filepath.Join(dir, fmt.Sprintf("%d-%d.lock", pid, start))
+	again := time.NewTicker(5 * time.Millisecond)
+	defer again.Stop()
 	for {
 		f, err := os.OpenFile(path, os.O_RDWR|os.O_CREATE|unix.O_CLOEXEC|unix.O_NOFOLLOW, 0o600)
 		if err != nil {
@@ -47,6 +61,14 @@ func lockIn(dir string, pid int, start uint64) (*FileLock, error) {
 		case errors.Is(err, unix.EWOULDBLOCK):
 			holder := lockHolder(f)
 			f.Close()
+			if dead(holder) {
+				select {
+				case <-again.C:
+					continue
+				case <-ctx.Done():
+					holder += ", which is dead, and whose guardian is not done with the VM"
+				}
+			}
 			return nil, problem.New(problem.Busy, "lock", object(pid), "held by %s", holder).
 				WithHint("one ckagent works on a VM at a time; wait for it or end it")
 		case err != nil:
@@ -112,8 +134,22 @@ func lockHolder(f *os.File) string {
 	return text
 }
 
+// dead reports whether a holder (as lockHolder names it) has certainly ended.
+func dead(holder string) bool {
+	var pid int
+	if n, _ := fmt.Sscanf(holder, "pid %d", &pid); n != 1 {
+		return false
+	}
+	s, err := procstat.Read(pid)
+	return errors.Is(err, os.ErrNotExist) || err == nil && s.Ended()
+}
+
 // Path is the lock file.
 func (l *FileLock) Path() string { return l.path }
+
+// File is the lock itself: a process that inherits it keeps others from the VM after
+// this one was killed, until it has ended too. Close gives the lock back all the same.
+func (l *FileLock) File() *os.File { return l.file }
 
 // Close gives the lock back. The file goes first, while the lock still keeps
 // others from taking it.

@@ -238,18 +238,18 @@ func FuzzProcfs(f *testing.F) {
 
 func TestLockIsExclusive(t *testing.T) {
 	dir := t.TempDir()
-	a, err := lockIn(dir, 1234, 99)
+	a, err := lockIn(t.Context(), dir, 1234, 99)
 	if err != nil {
 		t.Fatal(err)
 	}
-	_, err = lockIn(dir, 1234, 99)
+	_, err = lockIn(t.Context(), dir, 1234, 99)
 	if !problem.Is(err, problem.Busy) {
 		t.Fatalf("second lock: %v", err)
 	}
 	if want := "pid " + strconv.Itoa(os.Getpid()); !contains(err.Error(), want) {
 		t.Errorf("%q does not name the holder (%s)", err, want)
 	}
-	b, err := lockIn(dir, 1234, 100)
+	b, err := lockIn(t.Context(), dir, 1234, 100)
 	if err != nil {
 		t.Fatalf("another process of that pid: %v", err)
 	}
@@ -260,11 +260,52 @@ func TestLockIsExclusive(t *testing.T) {
 	if len(names) != 0 {
 		t.Errorf("left behind: %v", names)
 	}
-	c, err := lockIn(dir, 1234, 99)
+	c, err := lockIn(t.Context(), dir, 1234, 99)
 	if err != nil {
 		t.Fatalf("lock after release: %v", err)
 	}
 	c.Close()
+}
+
+// TestLockOutlivesItsHolder: who inherited the lock of a holder that was killed is
+// waited for, but not for ever.
+func TestLockOutlivesItsHolder(t *testing.T) {
+	dir := t.TempDir()
+	l, err := lockIn(t.Context(), dir, 7, 7)
+	if err != nil {
+		t.Fatal(err)
+	}
+	heir := exec.Command("sleep", "1000")
+	heir.ExtraFiles = []*os.File{l.File()}
+	if err := heir.Start(); err != nil {
+		t.Fatal(err)
+	}
+	defer heir.Wait()
+	defer heir.Process.Kill()
+	late, cancel := context.WithTimeout(t.Context(), 50*time.Millisecond)
+	defer cancel()
+	if _, err := lockIn(late, dir, 7, 7); !problem.Is(err, problem.Busy) || contains(err.Error(), "dead") {
+		t.Errorf("a holder that lives: %v", err)
+	}
+	// As a kill leaves it: the file is there, and says who it was.
+	if _, err := l.file.WriteAt([]byte("pid 4194305 (ckagent)\n"), 0); err != nil {
+		t.Fatal(err)
+	}
+	l.file.Close()
+	late, cancel = context.WithTimeout(t.Context(), 50*time.Millisecond)
+	defer cancel()
+	if _, err := lockIn(late, dir, 7, 7); !problem.Is(err, problem.Busy) || !contains(err.Error(), "dead") {
+		t.Errorf("an heir that lives: %v", err)
+	}
+	timer := time.AfterFunc(100*time.Millisecond, func() { _ = heir.Process.Kill() })
+	defer timer.Stop()
+	mine, err := lockIn(t.Context(), dir, 7, 7)
+	if err != nil {
+		t.Fatalf("after the heir's end: %v", err)
+	}
+	if err := mine.Close(); err != nil {
+		t.Error(err)
+	}
 }
 
 // TestLockHandover has many goroutines take and give one lock: never two holders.
@@ -275,7 +316,7 @@ func TestLockHandover(t *testing.T) {
 	for range 8 {
 		go func() {
 			for n := 0; n < 50; {
-				l, err := lockIn(dir, 1, 1)
+				l, err := lockIn(t.Context(), dir, 1, 1)
 				if problem.Is(err, problem.Busy) {
 					continue
 				}

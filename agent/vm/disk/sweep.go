@@ -7,6 +7,8 @@ import (
 	"slices"
 	"strings"
 	"time"
+
+	"github.com/ckagent/ckagent/agent/qmp"
 )
 
 // Swept says what Sweep took out.
@@ -41,7 +43,9 @@ func Sweep(ctx context.Context, q Monitor, bitmaps bool) (Swept, error) {
 	}
 	var errs []error
 	do := func(done *[]string, name, command string, args any) {
-		if err := q.Execute(ctx, command, args, nil); err != nil {
+		if err := q.Execute(ctx, command, args, nil); alreadyGone(err) {
+			// Somebody else was quicker: a guardian, or a release by hand.
+		} else if err != nil {
 			errs = append(errs, fmt.Errorf("%s %s: %w", command, name, err))
 		} else {
 			*done = append(*done, name)
@@ -88,6 +92,14 @@ func Sweep(ctx context.Context, q Monitor, bitmaps bool) (Swept, error) {
 	}
 	errs = append(errs, dropFdsets(ctx, q))
 	return s, errors.Join(errs...)
+}
+
+// alreadyGone reports whether QEMU answers that there is no such node or bitmap.
+func alreadyGone(err error) bool {
+	var refused *qmp.Error
+	return errors.As(err, &refused) && (refused.Class == "DeviceNotFound" ||
+		strings.HasPrefix(refused.Desc, "Failed to find node") || strings.HasPrefix(refused.Desc, "Cannot find device") ||
+		strings.HasPrefix(refused.Desc, "Dirty bitmap") && strings.HasSuffix(refused.Desc, "not found"))
 }
 
 // endJobs cancels our jobs and waits until they are gone.
