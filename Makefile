@@ -3,14 +3,20 @@
 
 export PATH := $(PATH):/usr/local/go/bin
 GO       ?= go
+PREFIX   ?= /usr/local
 VERSION  ?= $(shell git describe --tags --always --dirty 2>/dev/null || echo devel)
 LDFLAGS  := -s -w -X main.version=$(VERSION)
 
 
-.PHONY: build test demo bench torture lint generate deps clean
+.PHONY: build install test demo bench torture lint generate deps clean
 
 build: deps
-	$(GO) build -trimpath -ldflags '$(LDFLAGS)' -o bin/ckagent ./cmd/ckagent
+	$(GO) build -trimpath -ldflags '$(LDFLAGS)' -o bin/ ./cmd/...
+
+# The policies go to where alone they are run from.
+install: build
+	install -D -m 0755 bin/ckagent $(DESTDIR)$(PREFIX)/bin/ckagent
+	bin/ckagent policy install bin/ckagent-policy-* --policy-dir $(DESTDIR)$(PREFIX)/lib/ckagent/policies
 
 demo: build
 	@echo "everything else goes to ./demo and ./.cache"

@@ -67,6 +67,8 @@ type Slot struct {
 	cancel   context.CancelFunc
 	wg       sync.WaitGroup
 
+	changes chan struct{} // has room for one
+
 	change sync.Mutex // whoever replaces the generation; before mu
 
 	mu        sync.Mutex
@@ -110,7 +112,7 @@ func NewSlot(cfg SlotConfig) (*Slot, error) {
 	if err != nil {
 		return nil, problem.New(problem.Usage, "set policy", "fixed", "%w", err)
 	}
-	s := &Slot{cfg: cfg, fallback: f}
+	s := &Slot{cfg: cfg, fallback: f, changes: make(chan struct{}, 1)}
 	s.ctx, s.cancel = context.WithCancel(context.Background())
 	return s, nil
 }
@@ -188,7 +190,7 @@ func (s *Slot) switchTo(ctx context.Context, w *wanted, signals *policy.Signals)
 	if old != nil {
 		<-old.ended
 	}
-	s.cfg.Changed(st)
+	s.changed(st)
 	return v, nil
 }
 
@@ -276,7 +278,7 @@ func (s *Slot) Decide(ctx context.Context, signals *policy.Signals) Verdict {
 	}
 	s.mu.Unlock()
 	if lost != nil {
-		s.cfg.Changed(*lost)
+		s.changed(*lost)
 	}
 	return s.without(signals, began, lost == nil, err)
 }
@@ -372,7 +374,7 @@ func (s *Slot) watch(l *lease) {
 		}
 		s.mu.Unlock()
 		if lost != nil {
-			s.cfg.Changed(*lost)
+			s.changed(*lost)
 		}
 	}
 }
@@ -431,6 +433,18 @@ func (s *Slot) tryRestart(w *wanted) (done bool) {
 	w.losses++
 	s.mu.Unlock()
 	return false
+}
+
+// Changes gets a value whenever another generation or the fallback is in charge: what
+// was decided before is to be decided again.
+func (s *Slot) Changes() <-chan struct{} { return s.changes }
+
+func (s *Slot) changed(st Status) {
+	s.cfg.Changed(st)
+	select {
+	case s.changes <- struct{}{}:
+	default: // nobody has looked since the last one
+	}
 }
 
 // Status is the slot's now.

@@ -84,7 +84,8 @@ func newRootCommand(a *app) *cobra.Command {
 	})
 	root.AddCommand(
 		newDoctorCommand(a), newExplainCommand(a), newDirtyRateCommand(a), newTopCommand(a),
-		newAttachCommand(a), newCheckpointCommand(a), newReleaseCommand(a), newDetachCommand(a),
+		newAttachCommand(a), newStatusCommand(a), newPolicyCommand(a),
+		newCheckpointCommand(a), newReleaseCommand(a), newDetachCommand(a),
 		newLsCommand(a), newInspectCommand(a), newVerifyCommand(a),
 		newRmCommand(a), newGCCommand(a), newPinCommand(a), newUnpinCommand(a),
 		newRestoreCommand(a), newPageCommand(a),

@@ -28,7 +28,7 @@ var layers = [][]string{
 	{"agent/capture"},
 	{"plugins"},
 	{"agent"},
-	{"restore"},
+	{"restore", "plugins/policy/policytest"},
 	{"tools"},
 	{"cmd"},
 }

@@ -92,6 +92,9 @@ func due(s *policy.Signals, interval float64, reason string) *policy.Decision {
 	return d
 }
 
+// Curve is the dirty-rate curve that signals tell of.
+func Curve(s *policy.Signals) formula.Curve { return curve(s) }
+
 // curve is the dirty-rate curve. Without a fitted one it is the rate, without a
 // rate nothing is known to be written.
 func curve(s *policy.Signals) formula.Curve {

@@ -1,0 +1,17 @@
+// Package replay runs a policy over a recorded trace of signals and says what it would
+// have done and what that would have cost. It does no I/O but reading the trace.
+//
+// A trace is JSON lines, each the Signals of one instant (proto3 JSON), in the order
+// of now_ns; between two lines the former holds. History and the last decision are
+// those of the replay, not the recorded ones.
+//
+// The model. A checkpoint begins when the policy wants it. It takes the time in which
+// the store takes its bytes: all that is in use, or with incremental checkpoints what
+// was written since the last. The guest loses Model.Fixed and, for each page it writes
+// for the first time while the checkpoint is written, Model.PerPage. What a failure
+// costs is the time since the instant of the newest checkpoint that was whole by then;
+// expected is its integral times the failure rate.
+//
+// Failure modes. A trace that is malformed, out of order or too large is an error, as
+// is a decision that policy.Check refuses.
+package replay

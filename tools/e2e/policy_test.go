@@ -1,0 +1,160 @@
+package e2e
+
+import (
+	"os/exec"
+	"path/filepath"
+	"strings"
+	"testing"
+	"time"
+
+	"golang.org/x/sys/unix"
+
+	"github.com/ckagent/ckagent/tools/vmtest"
+)
+
+// statusView is what `status` reports.
+type statusView struct {
+	VM      string `json:"vm"`
+	QEMUPID int    `json:"qemu_pid"`
+	State   string `json:"state"`
+	Policy  struct {
+		Name       string            `json:"name"`
+		Path       string            `json:"path"`
+		Generation uint64            `json:"generation"`
+		Params     map[string]string `json:"params"`
+		Wanted     string            `json:"wanted"`
+		Trouble    string            `json:"trouble"`
+		PID        int               `json:"pid"`
+	} `json:"policy"`
+	Decision struct {
+		Reason     string `json:"reason"`
+		Generation uint64 `json:"generation"`
+		Policy     string `json:"policy"`
+		Source     string `json:"source"`
+	} `json:"decision"`
+	Checkpoints uint64 `json:"checkpoints"`
+	NextAt      string `json:"next_at"`
+}
+
+func (x *tool) status(t testing.TB, pid int) (s statusView) {
+	t.Helper()
+	x.json(t, &s, "status", itoa(pid))
+	return s
+}
+
+// waitStatus waits until a VM's status is as wanted. Each look is a process, which is
+// pause enough between two of them.
+func (x *tool) waitStatus(t testing.TB, pid int, what string, ok func(statusView) bool) statusView {
+	t.Helper()
+	var s statusView
+	for end := time.Now().Add(time.Minute); time.Now().Before(end); {
+		if r := x.run(t, "status", itoa(pid), "--json"); r.code == exitOK {
+			s = statusView{}
+			if err := oneObject(r.out, &s); err != nil {
+				t.Fatalf("%v: %s", err, r)
+			}
+			if ok(s) {
+				return s
+			}
+		}
+	}
+	t.Fatalf("not within a minute: %s; last %+v", what, s)
+	return s
+}
+
+// TestPolicies: the policy of a running VM is replaced, killed and stopped, and
+// checkpoints go on; whatever cannot take its place does not.
+func TestPolicies(t *testing.T) {
+	x := newTool(t)
+	programs := t.TempDir()
+	build := exec.Command("go", "build", "-o", programs, "github.com/ckagent/ckagent/cmd/ckagent-policy-fixed",
+		"github.com/ckagent/ckagent/cmd/ckagent-policy-auto")
+	if out, err := build.CombinedOutput(); err != nil {
+		t.Fatalf("%v: %s", err, out)
+	}
+	dir := filepath.Join(filepath.Dir(x.bin), "policies")
+	fixed, auto := filepath.Join(programs, "ckagent-policy-fixed"), filepath.Join(programs, "ckagent-policy-auto")
+	x.json(t, &struct{}{}, "policy", "install", fixed, auto, "--policy-dir", dir)
+	var list struct {
+		Policies []struct{ Name, SHA256 string }
+	}
+	x.json(t, &list, "policy", "list", "--policy-dir", dir)
+	if len(list.Policies) != 2 || list.Policies[0].Name != "auto" || len(list.Policies[1].SHA256) != 64 {
+		t.Errorf("listed: %+v", list)
+	}
+	var d struct {
+		Formula string
+		Params  []struct{ Name, Value string }
+	}
+	x.json(t, &d, "policy", "describe", "fixed", "--param", "interval=90s", "--policy-dir", dir)
+	if d.Formula == "" || len(d.Params) != 1 || d.Params[0].Value != "90s" {
+		t.Errorf("described: %+v", d)
+	}
+	x.fails(t, exitUsage, []string{"interval"}, "policy", "describe", "fixed", "--param", "interval=soon", "--policy-dir", dir)
+	x.fails(t, exitNotFound, []string{"attach"}, "status", "nobody")
+
+	v := vmtest.Start(t, vmtest.Config{Guest: vmtest.Mini, MemoryMiB: 64, WSMiB: 8, Rate: 2000})
+	v.WaitProgress(t, 200)
+	pid := v.PID()
+	s := x.start(t, "attach", itoa(pid), "--store", x.store, "--policy", "fixed", "--param", "interval=300ms", "--policy-dir", dir, "--json")
+	defer func() { s.signal(unix.SIGKILL) }()
+	first := x.waitStatus(t, pid, "two checkpoints", func(s statusView) bool { return s.Checkpoints >= 2 })
+	if p := first.Policy; p.Name != "fixed" || p.Path != filepath.Join(dir, "fixed") || p.Generation != 1 || p.Params["interval"] != "300ms" || first.QEMUPID != pid {
+		t.Errorf("%+v", first)
+	}
+	if !strings.Contains(first.Decision.Reason, "every") || first.Decision.Source != "program" {
+		t.Errorf("%+v", first.Decision)
+	}
+
+	for _, bad := range []struct {
+		code int
+		args []string
+	}{
+		{exitNotFound, []string{itoa(pid), "none"}}, {exitRefused, []string{itoa(pid), fixed}},
+		{exitUsage, []string{itoa(pid), "auto", "--param", "overhead=3"}}, {exitNotFound, []string{"nobody", "auto"}},
+	} {
+		x.fails(t, bad.code, nil, append([]string{"policy", "set"}, bad.args...)...)
+	}
+	before := x.waitStatus(t, pid, "it stays", func(s statusView) bool { return s.Checkpoints > first.Checkpoints })
+	if before.Policy.Generation != 1 || before.Policy.PID != first.Policy.PID {
+		t.Errorf("what failed changed something: %+v", before.Policy)
+	}
+
+	var set struct {
+		Policy struct {
+			Generation uint64 `json:"generation"`
+		} `json:"policy"`
+	}
+	x.json(t, &set, "policy", "set", itoa(pid), filepath.Join(dir, "auto"), "--param", "shortest=200ms", "--param", "longest=400ms", "--param", "overhead=1")
+	if set.Policy.Generation != 2 {
+		t.Errorf("%+v", set)
+	}
+	after := x.waitStatus(t, pid, "checkpoints of auto", func(s statusView) bool {
+		return s.Decision.Generation == 2 && s.Checkpoints > before.Checkpoints+1
+	})
+	if after.Policy.Name != "auto" || after.Decision.Policy != "auto" {
+		t.Errorf("%+v", after)
+	}
+	for _, sig := range []unix.Signal{unix.SIGKILL, unix.SIGSTOP} {
+		was := x.status(t, pid)
+		if err := unix.Kill(was.Policy.PID, sig); err != nil {
+			t.Fatal(err)
+		}
+		now := x.waitStatus(t, pid, "it is brought back after "+sig.String(), func(s statusView) bool {
+			return s.Policy.Generation > was.Policy.Generation && s.Checkpoints > was.Checkpoints
+		})
+		if now.Policy.Wanted != "auto" {
+			t.Errorf("after %v: %+v", sig, now.Policy)
+		}
+	}
+	s.signal(unix.SIGINT)
+	r := s.wait(t, time.Minute)
+	if r.code != exitCancelled || !strings.Contains(r.err, "policy does not serve") || !strings.Contains(r.err, "decision") {
+		t.Errorf("%s", r)
+	}
+	if left, _ := filepath.Glob("/tmp/ckagent-policy-*"); len(left) > 0 {
+		t.Logf("directories of sockets, perhaps of others: %v", left)
+	}
+	x.fails(t, exitNotFound, nil, "status", itoa(pid))
+	v.WaitProgress(t, 200)
+}
