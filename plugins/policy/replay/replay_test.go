@@ -124,6 +124,11 @@ func averaged(t *testing.T, trace []*policy.Signals, create policy.New, params m
 // TestTraces: every shipped policy can be replayed on every trace, and auto costs at
 // most a tenth more than the best fixed interval within the same bounds, which is known
 // in hindsight only.
+//
+// What that shows is limited. The traces are generated; the cost of a checkpoint is a
+// model; and costs are means over eight beginnings. From one beginning, auto costs 1.15
+// times the best fixed interval on the trace of a computation (1.32 times without the
+// bounds): with about ten checkpoints in the trace, where they fall decides.
 func TestTraces(t *testing.T) {
 	for _, name := range slices.Sorted(maps.Keys(generated)) {
 		trace := traceFile(t, name)
