@@ -19,7 +19,6 @@ import (
 // TestMatrix restores each kind of machine lazily and has its guest verify all its
 // memory. Whether the memory was really paged in is checked, not assumed.
 func TestMatrix(t *testing.T) {
-	leaveOutIfShort(t)
 	small := vmtest.Config{MemoryMiB: 192, WSMiB: 8}
 	with := func(change func(c *vmtest.Config)) vmtest.Config {
 		c := small
@@ -47,7 +46,6 @@ func TestMatrix(t *testing.T) {
 }
 
 func TestMatrixQEMU10(t *testing.T) {
-	leaveOutIfShort(t)
 	q, err := guest.QEMU10(t.Context())
 	if err != nil {
 		vmtest.Skip(t, "qemu10", "QEMU 10 cannot be unpacked here: %v", err)
@@ -112,12 +110,6 @@ func withoutFirmwarePath(m *image.Manifest) {
 		i++
 	}
 	m.Machine.Argv = argv
-}
-
-func leaveOutIfShort(t *testing.T) {
-	if testing.Short() {
-		vmtest.Skip(t, "restore-matrix", "a dozen machines take a minute; left out with -short")
-	}
 }
 
 // upgraded is a program that runs another QEMU with the environment it needs.

@@ -10,9 +10,12 @@ import (
 )
 
 // Start is Launch for a test: failures end the test, the machine ends with it,
-// and its logs are shown if the test fails.
+// and its logs are shown if the test fails. With -short the test is skipped.
 func Start(t testing.TB, cfg Config) *VM {
 	t.Helper()
+	if testing.Short() {
+		Skip(t, "guest", "needs a guest; left out with -short")
+	}
 	if cfg.Dir == "" {
 		// Not t.TempDir: its names are too long for a socket's 108 bytes.
 		dir, err := os.MkdirTemp("", "vmtest-")
