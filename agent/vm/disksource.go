@@ -2,6 +2,7 @@ package vm
 
 import (
 	"context"
+	"fmt"
 	"slices"
 
 	"github.com/ckagent/ckagent/agent/image"
@@ -57,7 +58,36 @@ func (t *Target) DiskSources(ctx context.Context) ([]DiskSource, []Refusal, erro
 			Reason: "QEMU " + t.Version.String() + " cannot keep a failing copy of a disk away from the guest",
 			Advice: "use QEMU 7.1 or later, or leave disks out with --disks none"})
 	}
+	if len(out) > 0 && !t.Version.AtLeast(9, 0) {
+		// Making a block node while a device of such a thread is busy ends QEMU 7.2
+		// now and then ("qemu_mutex_unlock_impl: Operation not permitted"), whether the
+		// machine runs or is stopped. 9.0 did away with the lock it trips over.
+		threads, err := t.ioThreads(ctx)
+		if err != nil {
+			return nil, nil, err
+		}
+		if len(threads) > 0 {
+			refused = append(refused, Refusal{Code: "disk-iothread", Object: threads[0],
+				Reason: "QEMU " + t.Version.String() + " may end when a disk that is served by an I/O thread is copied",
+				Advice: "use QEMU 9.0 or later, serve disks without iothread=, or leave disks out with --disks none"})
+		}
+	}
 	return out, refused, nil
+}
+
+// ioThreads names the machine's I/O threads.
+func (t *Target) ioThreads(ctx context.Context) ([]string, error) {
+	var threads []struct {
+		ID string `json:"id"`
+	}
+	if err := t.QMP.Execute(ctx, "query-iothreads", nil, &threads); err != nil {
+		return nil, fmt.Errorf("query-iothreads: %w", err)
+	}
+	var ids []string
+	for _, th := range threads {
+		ids = append(ids, th.ID)
+	}
+	return ids, nil
 }
 
 // TakeOutLeftovers removes what an earlier checkpoint left in the block graph. The

@@ -337,6 +337,9 @@ func TestDevices(t *testing.T) {
 			if build == "qemu10" && strings.HasPrefix(c.name, "without rights") {
 				continue // it has no -runas any more
 			}
+			if build != "qemu10" && c.name == "iothread" {
+				continue // refused
+			}
 			t.Run(build+"/"+c.name, func(t *testing.T) {
 				b := newBed(t, q, func(dir string) []string { return c.args(t, dir) })
 				before := b.names()
@@ -348,9 +351,7 @@ func TestDevices(t *testing.T) {
 						t.Fatal(err)
 					}
 					b.write(device, "write -P %d 1000k 100k", 40+round)
-					if c.name != "iothread" { // QEMU 7.2's monitor cannot, with or without us
-						b.write(device, "write -z 512k 64k")
-					}
+					b.write(device, "write -z 512k 64k")
 					m := b.finish(w)
 					if len(m.Disks) != 1 || len(m.Disks[0].Volumes) != round+1 {
 						t.Errorf("disks %+v", m.Disks)

@@ -123,8 +123,7 @@ func (s *Set) Prepare(ctx context.Context) error {
 }
 
 // filtersEarly reports whether filters may be made before the pause, which is shorter
-// then. Not with I/O threads: QEMU 7.2 ends itself when a filter is put over a node that
-// is served by one while the machine runs.
+// then. Not with I/O threads, which use the nodes meanwhile.
 func (s *Set) filtersEarly(ctx context.Context) (bool, error) {
 	var threads []struct {
 		ID string `json:"id"`
