@@ -58,7 +58,8 @@ func Explain(err error) string {
 	if ve, ok := errors.AsType[*ebpf.VerifierError](err); ok {
 		text = ve.Cause.Error()
 		if line := reason(ve.Log); line != "" {
-			text += ": " + line
+			// A verdict, not a lack of rights, though the errno is the same.
+			return "this kernel's verifier refuses it: " + line
 		}
 	}
 	text, _, _ = strings.Cut(text, "\n")

@@ -18,7 +18,7 @@ func TestReadable(t *testing.T) {
 	}}
 	err := Failed("dirty", "load", fmt.Errorf("program on_user_fault: %w", ve))
 	text := err.Error()
-	if strings.Contains(text, "\n") || !strings.Contains(text, "R1 invalid mem access") || !strings.Contains(text, "bpf dirty: load") {
+	if strings.Contains(text, "not permitted") || strings.Contains(text, "\n") || !strings.Contains(text, "R1 invalid mem access") || !strings.Contains(text, "bpf dirty: load") {
 		t.Errorf("%q", text)
 	}
 	if whole := fmt.Sprintf("%+v", err); !strings.Contains(whole, "r2 = *(u64 *)(r1 +0)") || strings.Count(whole, "\n") != len(ve.Log) {

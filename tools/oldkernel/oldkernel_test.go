@@ -144,6 +144,8 @@ func (m *machine) doctor(kernel string) {
 		"asynchronous tracking": "this kernel lacks WP_ASYNC",
 		"PAGEMAP_SCAN":          "not in this kernel",
 		"tcx":                   "not in this kernel: tcx not supported (requires >= v6.6)",
+		"signal disk":           "this kernel's verifier refuses it: R7 invalid mem access 'scalar'",
+		"signal sock":           "not in this kernel: assign values: field OnSend: program on_send: attach Tracing/TraceRawTp: raw_tp sock_send_length not supported",
 	}, gaps); d != "" {
 		m.t.Errorf("gaps (-want +got):\n%s", d)
 	}
