@@ -121,17 +121,25 @@ func (r *run) checkExit() {
 	}
 }
 
-// checkMessage: a failure is one JSON object with an error.
+// checkMessage: a failure is one JSON object with an error. What was said last may
+// still be on its way to us when the agent has ended.
 func (r *run) checkMessage() {
+	if await(time.Second, r.explained) {
+		return
+	}
+	r.out.fail("the agent ended with %d and did not say why", r.out.Exit)
+}
+
+func (r *run) explained() bool {
 	for line := range strings.Lines(r.log.String()) {
 		var m struct {
 			Error *struct{ Code, Message string }
 		}
 		if strings.HasPrefix(line, "{") && json.Unmarshal([]byte(line), &m) == nil && m.Error != nil && m.Error.Message != "" {
-			return
+			return true
 		}
 	}
-	r.out.fail("the agent ended with %d and did not say why", r.out.Exit)
+	return false
 }
 
 // qemuDied: with QEMU gone, the agent says "not found" soon and nothing stays.
