@@ -130,8 +130,13 @@ func (k *Call) failure() error {
 	return nil
 }
 
+// ErrSilent: QEMU has not answered for so long that its main loop must hang, or
+// somebody keeps its answers.
+var ErrSilent = errors.New("QEMU does not answer")
+
 // Execute runs one command and decodes what it returns into out (nil: not
-// wanted). A refusal by QEMU is an *Error in the chain.
+// wanted). A refusal by QEMU is an *Error in the chain. Under a context without a
+// deadline an answer that does not come is ErrSilent, as problem.Busy.
 func (c *Client) Execute(ctx context.Context, command string, args, out any) error {
 	return c.ExecuteFD(ctx, command, args, out)
 }
@@ -143,6 +148,12 @@ func (c *Client) ExecuteFD(ctx context.Context, command string, args, out any, f
 	req, err := Encode(command, args)
 	if err != nil {
 		return err
+	}
+	if _, bounded := ctx.Deadline(); !bounded {
+		var cancel context.CancelFunc
+		ctx, cancel = context.WithTimeoutCause(ctx, c.answerWithin,
+			problem.New(problem.Busy, "qmp", command, "%w, for %v", ErrSilent, c.answerWithin).WithHint("QEMU hangs, perhaps in its storage, or somebody holds its answers back; try again when it answers"))
+		defer cancel()
 	}
 	if len(files) > 0 {
 		select {

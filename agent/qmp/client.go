@@ -20,6 +20,7 @@ const (
 	greetingTimeout    = time.Second      // a free monitor greets within microseconds
 	negotiationTimeout = 10 * time.Second // QEMU has greeted, so its main loop lives
 	sendTimeout        = 2 * time.Second  // of Send, which has no context
+	answerTimeout      = 15 * time.Second // of Execute, where the caller sets no deadline of its own
 )
 
 // Version is what QEMU's greeting says.
@@ -49,6 +50,8 @@ type Client struct {
 	sem  chan struct{}
 	out  []byte
 	torn bool // half a command is on the wire: reset QEMU's parser first
+
+	answerWithin time.Duration // answerTimeout but in tests
 
 	// fdTurn is held from sending a descriptor to the reply.
 	fdTurn chan struct{}
@@ -105,14 +108,15 @@ func AdoptClient(ctx context.Context, conn net.Conn) (*Client, error) {
 
 func start(conn net.Conn, ep Endpoint) *Client {
 	c := &Client{
-		conn:     conn,
-		endpoint: ep,
-		peer:     watchPeer(ep),
-		sem:      make(chan struct{}, 1),
-		fdTurn:   make(chan struct{}, 1),
-		pending:  make(map[uint64]*Call),
-		greeting: make(chan []byte, 1),
-		done:     make(chan struct{}),
+		answerWithin: answerTimeout,
+		conn:         conn,
+		endpoint:     ep,
+		peer:         watchPeer(ep),
+		sem:          make(chan struct{}, 1),
+		fdTurn:       make(chan struct{}, 1),
+		pending:      make(map[uint64]*Call),
+		greeting:     make(chan []byte, 1),
+		done:         make(chan struct{}),
 	}
 	go c.read()
 	return c

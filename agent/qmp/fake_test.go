@@ -14,6 +14,8 @@ import (
 	"time"
 
 	"golang.org/x/sys/unix"
+
+	"github.com/ckagent/ckagent/agent/problem"
 )
 
 const greeting = `{"QMP":{"version":{"qemu":{"micro":1,"minor":2,"major":7},"package":"x"},"capabilities":["oob"]}}` + "\r\n"
@@ -171,6 +173,20 @@ func TestLargeRepliesInPieces(t *testing.T) {
 }
 
 // TestCancelledCall: its reply comes late and must not be taken for another's.
+// TestSilence: an answer that never comes is not waited for for ever, and the
+// connection is in step afterwards.
+func TestSilence(t *testing.T) {
+	c, _ := newFake(t, func(_ io.Writer, c command) bool { return c.Execute == "silent" })
+	c.answerWithin = 50 * time.Millisecond
+	err := c.Execute(context.Background(), "silent", nil, nil)
+	if !errors.Is(err, ErrSilent) || !problem.Is(err, problem.Busy) {
+		t.Errorf("%v", err)
+	}
+	if err := c.Execute(context.Background(), "next", nil, nil); err != nil {
+		t.Errorf("next: %v", err)
+	}
+}
+
 func TestCancelledCall(t *testing.T) {
 	slow := make(chan command, 1)
 	c, f := newFake(t, func(_ io.Writer, c command) bool {
