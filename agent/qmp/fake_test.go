@@ -172,7 +172,6 @@ func TestLargeRepliesInPieces(t *testing.T) {
 	}
 }
 
-// TestCancelledCall: its reply comes late and must not be taken for another's.
 // TestSilence: an answer that never comes is not waited for for ever, and the
 // connection is in step afterwards.
 func TestSilence(t *testing.T) {
@@ -187,6 +186,7 @@ func TestSilence(t *testing.T) {
 	}
 }
 
+// TestCancelledCall: its reply comes late and must not be taken for another's.
 func TestCancelledCall(t *testing.T) {
 	slow := make(chan command, 1)
 	c, f := newFake(t, func(_ io.Writer, c command) bool {
