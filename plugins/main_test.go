@@ -149,6 +149,7 @@ func (r *rogue) Decide(s *policy.Signals) (*policy.Decision, error) {
 		os.Exit(3)
 	case "stop":
 		_ = unix.Kill(os.Getpid(), unix.SIGSTOP)
+		select {} // the signal may take another thread first
 	case "memory":
 		var hog [][]byte
 		for {
