@@ -50,6 +50,9 @@ type Counter struct {
 
 // Load loads the programs and attaches them.
 func Load() (*Counter, error) {
+	if err := load.Recent(); err != nil {
+		return nil, load.Failed(object, "attach", err)
+	}
 	spec, err := loadObjects()
 	if err != nil {
 		return nil, load.Failed(object, "read", err)

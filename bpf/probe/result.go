@@ -46,19 +46,19 @@ var probes = []struct {
 		"Linux 5.5 or later with CONFIG_FUNCTION_TRACER, not in lockdown confidentiality mode"},
 	{"signal dirty", dirtySignal,
 		"no live count of written pages between two scans; the page map alone is used",
-		"Linux 5.5 or later with BTF; not in lockdown confidentiality mode"},
+		"Linux 6.6 or later with BTF; not in lockdown confidentiality mode"},
 	{"signal vcpu", vcpuSignal,
 		"no idle slots of vCPUs; run and wait times come from /proc/PID/task/TID/schedstat",
-		"Linux 5.18 or later with BTF; not in lockdown confidentiality mode"},
+		"Linux 6.6 or later with BTF; not in lockdown confidentiality mode"},
 	{"signal disk", diskSignal,
 		"disk writes by file are not counted, or not those by io_uring; write_bytes of /proc/PID/io is used, or what the other ways write",
-		"Linux 6.16 or later with BTF for io_uring, 5.5 for the rest; not in lockdown confidentiality mode"},
+		"Linux 6.16 or later with BTF for io_uring, 6.6 for the rest; not in lockdown confidentiality mode"},
 	{"signal net", netSignal,
 		"no packets, requests, stalls and idle slots of taps; traffic is counted by sockets where QEMU itself is the network",
 		"Linux 6.6 or later, and CAP_NET_ADMIN"},
 	{"signal sock", sockSignal,
 		"no network figures of VMs without a tap",
-		"Linux 6.3 or later with BTF; not in lockdown confidentiality mode"},
+		"Linux 6.6 or later with BTF; not in lockdown confidentiality mode"},
 }
 
 // Names are the names of all probes, in order.

@@ -26,6 +26,9 @@ type Monitor struct {
 
 // Load loads the programs and attaches them.
 func Load() (*Monitor, error) {
+	if err := load.Recent(); err != nil {
+		return nil, load.Failed(object, "attach", err)
+	}
 	spec, err := loadObjects()
 	if err != nil {
 		return nil, load.Failed(object, "read", err)
