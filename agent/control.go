@@ -13,38 +13,63 @@ import (
 	"github.com/ckagent/ckagent/plugins"
 )
 
-// Control answers on the control socket for one VM.
+// Control answers on a control socket for the VMs that are protected behind it.
 type Control struct {
 	apipb.UnimplementedAgentServer
-	p *Protector
+	vms func() []*Protector
 }
 
-// NewControl is the service of a protector.
-func NewControl(p *Protector) *Control { return &Control{p: p} }
+// NewControl is the service of the protectors that vms returns, in the order in which
+// they are listed.
+func NewControl(vms func() []*Protector) *Control { return &Control{vms: vms} }
 
-// Is reports whether a VM is meant by a reference: its name, vm:NAME, a pid, or empty.
+// Is reports whether a VM is meant by a reference: its name, vm:NAME, or a pid.
 func (p *Protector) Is(ref string) bool {
 	name, _ := strings.CutPrefix(ref, "vm:")
-	return ref == "" || name == p.v.Name || ref == strconv.Itoa(p.v.pid)
+	return name == p.v.Name || ref == strconv.Itoa(p.v.pid)
 }
 
-func (c *Control) find(ref string) error {
-	if c.p.Is(ref) {
-		return nil
+// find is the VM that is meant; an empty reference means the only one.
+func (c *Control) find(ref string) (*Protector, error) {
+	const op = "find VM"
+	all := c.vms()
+	if ref == "" && len(all) == 1 {
+		return all[0], nil
 	}
-	return api.ToStatus(problem.New(problem.NotFound, "find VM", ref, "VM %s is protected here", c.p.v.Name))
+	var names []string
+	for _, p := range all {
+		if ref != "" && p.Is(ref) {
+			return p, nil
+		}
+		names = append(names, p.v.Name)
+	}
+	if ref == "" {
+		return nil, api.ToStatus(problem.New(problem.Usage, op, "", "%d VMs are protected here: say which", len(all)))
+	}
+	return nil, api.ToStatus(problem.New(problem.NotFound, op, ref, "protected here: %s", strings.Join(names, ", ")).
+		WithHint("ckagent vms lists them; ckagent attach QEMU-PID adds one"))
 }
 
 // Status implements the service, as do the methods below.
 func (c *Control) Status(_ context.Context, r *apipb.StatusRequest) (*apipb.StatusReply, error) {
-	if err := c.find(r.GetVm()); err != nil {
-		return nil, err
+	all := c.vms()
+	if r.GetVm() != "" {
+		p, err := c.find(r.GetVm())
+		if err != nil {
+			return nil, err
+		}
+		all = []*Protector{p}
 	}
-	return &apipb.StatusReply{Vms: []*apipb.VMStatus{c.p.Status()}}, nil
+	reply := &apipb.StatusReply{}
+	for _, p := range all {
+		reply.Vms = append(reply.Vms, p.Status())
+	}
+	return reply, nil
 }
 
 func (c *Control) Checkpoint(r *apipb.CheckpointRequest, stream apipb.Agent_CheckpointServer) error {
-	if err := c.find(r.GetVm()); err != nil {
+	p, err := c.find(r.GetVm())
+	if err != nil {
 		return err
 	}
 	// The VM's goroutine does not wait for a client that does not read.
@@ -55,7 +80,7 @@ func (c *Control) Checkpoint(r *apipb.CheckpointRequest, stream apipb.Agent_Chec
 	}
 	ended := make(chan end, 1)
 	go func() { // ends with the checkpoint, or when the client has gone
-		res, err := c.p.Checkpoint(stream.Context(), func(e capture.Event) {
+		res, err := p.Checkpoint(stream.Context(), func(e capture.Event) {
 			select {
 			case events <- e:
 			default:
@@ -82,28 +107,35 @@ func (c *Control) Checkpoint(r *apipb.CheckpointRequest, stream apipb.Agent_Chec
 }
 
 func (c *Control) SetPolicy(ctx context.Context, r *apipb.SetPolicyRequest) (*apipb.SetPolicyReply, error) {
-	if err := c.find(r.GetVm()); err != nil {
+	p, err := c.find(r.GetVm())
+	if err != nil {
 		return nil, err
 	}
-	v, err := c.p.SetPolicy(ctx, r.GetPolicy(), r.GetParams())
+	v, err := p.SetPolicy(ctx, r.GetPolicy(), r.GetParams())
 	if err != nil {
 		return nil, api.ToStatus(err)
 	}
-	return &apipb.SetPolicyReply{Policy: policyStatus(c.p.p.Slot.Status()), Decision: decisionStatus(v, time.Now())}, nil
+	return &apipb.SetPolicyReply{Policy: policyStatus(p.p.Slot.Status()), Decision: decisionStatus(v, time.Now())}, nil
 }
 
-func (c *Control) Cancel(_ context.Context, r *apipb.CancelRequest) (*apipb.CancelReply, error) {
-	if err := c.find(r.GetVm()); err != nil {
+func (c *Control) Cancel(ctx context.Context, r *apipb.CancelRequest) (*apipb.CancelReply, error) {
+	p, err := c.find(r.GetVm())
+	if err != nil {
 		return nil, err
 	}
-	return &apipb.CancelReply{Cancelled: c.p.Cancel()}, nil
+	under, err := p.Cancel(ctx)
+	if err != nil {
+		return nil, api.ToStatus(err)
+	}
+	return &apipb.CancelReply{Cancelled: under}, nil
 }
 
 func (c *Control) Detach(ctx context.Context, r *apipb.DetachRequest) (*apipb.DetachReply, error) {
-	if err := c.find(r.GetVm()); err != nil {
+	p, err := c.find(r.GetVm())
+	if err != nil {
 		return nil, err
 	}
-	if err := c.p.Detach(ctx); err != nil {
+	if err := p.Detach(ctx); err != nil {
 		return nil, api.ToStatus(err)
 	}
 	return &apipb.DetachReply{}, nil
@@ -116,24 +148,16 @@ func (p *Protector) Status() *apipb.VMStatus {
 	defer p.mu.Unlock()
 	now := time.Now()
 	r := &p.record
-	s := &apipb.VMStatus{Vm: p.v.Name, QemuPid: int32(p.v.pid), State: "idle", Policy: policyStatus(slot),
+	s := &apipb.VMStatus{Vm: p.v.Name, QemuPid: int32(p.v.pid), State: p.state.String(), Policy: policyStatus(slot),
 		Decision: decisionStatus(p.verdict, p.made), LastCheckpoint: r.newest, SinceNs: r.since.UnixNano(),
 		Checkpoints: r.taken, Failures: r.failures, LastError: r.lastError}
-	if p.cancel != nil {
-		s.State = "checkpoint"
-	}
-	select {
-	case <-p.done:
-		s.State = "ended"
-	default:
-	}
-	if !p.next.IsZero() {
-		s.NextAtNs = p.next.UnixNano()
+	if !p.due.IsZero() {
+		s.NextAtNs = p.due.UnixNano()
 	}
 	if !r.success.IsZero() {
 		s.LastSuccessNs, s.RpoNs = r.success.UnixNano(), int64(now.Sub(r.success))
 		// One that is being taken or tried again counts as late after another interval.
-		s.Protected = s.State != "ended" && now.Sub(r.success) < 2*max(p.interval, lateAfter)
+		s.Protected = !p.state.Final() && now.Sub(r.success) < 2*max(p.interval, lateAfter)
 	}
 	if slot.Trouble != nil {
 		s.Degraded = append(s.Degraded, "policy: "+slot.Trouble.Error())

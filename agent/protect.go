@@ -7,15 +7,22 @@ import (
 	"time"
 
 	"github.com/ckagent/ckagent/agent/capture"
+	"github.com/ckagent/ckagent/agent/controller"
 	"github.com/ckagent/ckagent/agent/image"
 	"github.com/ckagent/ckagent/agent/problem"
 	"github.com/ckagent/ckagent/agent/store"
 	"github.com/ckagent/ckagent/plugins"
-	"github.com/ckagent/ckagent/plugins/policy"
 )
 
 // MinInterval is the least time between two attempts, whatever a policy says.
 const MinInterval = 100 * time.Millisecond
+
+// Members of a group are let go if it is not heard of: armed memory costs the guest,
+// and a guest that stands still costs more.
+const (
+	preparedLimit = 10 * time.Second
+	heldLimit     = 100 * time.Millisecond
+)
 
 // Protection says who decides about checkpoints, and within which bounds.
 type Protection struct {
@@ -25,6 +32,8 @@ type Protection struct {
 	// and engine "auto", and the compression if Compressions names any.
 	Capture      capture.Options
 	Compressions []string
+	// Enter waits for a turn on this host, which leave gives back; nil: there is always one.
+	Enter func(ctx context.Context) (leave func(), err error)
 	// Taken is told about each checkpoint, Failed about each that did not succeed
 	// and will be tried again, Decided about each decision that is not the one
 	// before it.
@@ -33,8 +42,9 @@ type Protection struct {
 	Decided func(plugins.Verdict)
 }
 
-// Protector takes checkpoints of one VM when its policy wants them. Run is its one
-// goroutine; the other methods may be called by any.
+// Protector takes checkpoints of one VM when its policy wants them: it carries out what
+// package controller says. Run is its one goroutine; the other methods may be called by
+// any.
 type Protector struct {
 	v  *VM
 	st *store.Store
@@ -43,19 +53,25 @@ type Protector struct {
 	machine  image.Machine // as it was at the beginning
 	gentlest capture.Mode  // what mode auto comes to
 
-	ask    chan *order // a checkpoint now
-	detach chan struct{}
-	once   sync.Once // closes detach
-	done   chan struct{}
+	inbox chan note     // what happened, for Run
+	done  chan struct{} // closed when Run has returned
 
 	mu       sync.Mutex
 	record   record
 	verdict  plugins.Verdict
 	made     time.Time // the verdict
-	next     time.Time // the checkpoint; zero: none until asked again
 	interval time.Duration
-	cancel   context.CancelFunc // of the checkpoint that is being taken; nil: none is
-	proven   bool
+	state    controller.State
+	due      time.Time // the checkpoint; zero: none until asked again
+	number   uint64    // of the last order
+	orders   map[uint64]*order
+}
+
+// note is an event on its way to Run. One that belongs to a turn is void when that turn
+// is over.
+type note struct {
+	event controller.Event
+	of    *turn
 }
 
 // order is an operator's wish for a checkpoint.
@@ -73,8 +89,8 @@ type answer struct {
 // then on.
 func (v *VM) Protect(st *store.Store, p Protection) *Protector {
 	gentlest, _, _ := capture.Choose(v.target.Blocks)
-	return &Protector{v: v, st: st, p: p, machine: v.machine, gentlest: gentlest, ask: make(chan *order),
-		detach: make(chan struct{}), done: make(chan struct{}), record: record{since: time.Now()}}
+	return &Protector{v: v, st: st, p: p, machine: v.machine, gentlest: gentlest, inbox: make(chan note, 64),
+		done: make(chan struct{}), orders: map[uint64]*order{}, record: record{since: time.Now()}}
 }
 
 // Run takes checkpoints until ctx ends, the VM does, or Detach is called. A failed
@@ -84,199 +100,20 @@ func (v *VM) Protect(st *store.Store, p Protection) *Protector {
 // migration, memory that is short).
 func (p *Protector) Run(ctx context.Context) error {
 	defer close(p.done)
-	ctx, cancel := context.WithCancelCause(ctx)
-	defer cancel(nil)
-	stop := make(chan struct{})
-	var wg sync.WaitGroup
-	defer wg.Wait()
-	defer close(stop)
-	wg.Go(func() { // a checkpoint under way is given up as well
-		select {
-		case <-p.detach:
-			cancel(errDetached)
-		case <-stop:
-		}
-	})
-	for {
-		decision := p.decide(ctx)
-		err := p.await(ctx, decision)
-		if errors.Is(context.Cause(ctx), errDetached) {
-			return nil
-		}
-		if err != nil {
-			return err
-		}
-	}
+	d := newDriver(ctx, p)
+	defer d.join()
+	return d.run(ctx)
 }
 
-var errDetached = errors.New("detached")
-
-// await waits for what comes first: the time of the checkpoint, which it takes, that
-// of another decision, or somebody's wish.
-func (p *Protector) await(ctx context.Context, d *policy.Decision) error {
-	wake, take := p.schedule(d)
-	timer := time.NewTimer(time.Until(wake))
-	defer timer.Stop()
+// tell has Run hear of an event.
+func (p *Protector) tell(ctx context.Context, op string, e controller.Event) error {
 	select {
+	case p.inbox <- note{event: e}:
+		return nil
+	case <-p.done:
+		return p.ended(op)
 	case <-ctx.Done():
 		return ctx.Err()
-	case <-p.v.Ended():
-		return problem.New(problem.NotFound, "protect", "VM "+p.v.Name, "its QEMU process has ended").
-			WithHint("ckagent restore %s brings its last checkpoint back", p.v.Name)
-	case <-p.p.Slot.Changes():
-		return nil // somebody else decides from now on
-	case o := <-p.ask:
-		res, err := p.turn(ctx, d, o.progress)
-		o.answer <- answer{res, err}
-		return p.judge(ctx, err)
-	case <-timer.C:
-	}
-	if !take {
-		return nil
-	}
-	_, err := p.turn(ctx, d, nil)
-	return p.judge(ctx, err)
-}
-
-// schedule says when to wake up for a decision, and whether to take a checkpoint then.
-func (p *Protector) schedule(d *policy.Decision) (wake time.Time, take bool) {
-	p.mu.Lock()
-	defer p.mu.Unlock()
-	now := time.Now()
-	earliest := now
-	if at := p.record.attempted; !at.IsZero() {
-		earliest = at.Add(MinInterval)
-	}
-	p.next, p.interval = time.Time{}, time.Duration(d.GetIntervalNs())
-	switch {
-	case d.GetNow():
-		p.next = now
-	case d.GetAtNs() != 0:
-		p.next = time.Unix(0, d.GetAtNs())
-	case d.GetIdleSlot() != nil: // not offered, so never asked for; the deadline holds
-		p.next = time.Unix(0, d.GetIdleSlot().GetDeadlineNs())
-	}
-	if !p.next.IsZero() && p.next.Before(earliest) {
-		p.next = earliest
-	}
-	ask := time.Unix(0, d.GetAskAgainNs())
-	if d.GetAskAgainNs() != 0 && ask.Before(now.Add(MinInterval)) {
-		ask = now.Add(MinInterval)
-	}
-	if p.next.IsZero() || d.GetAskAgainNs() != 0 && ask.Before(p.next) {
-		return ask, false
-	}
-	return p.next, true
-}
-
-// decide asks the policy.
-func (p *Protector) decide(ctx context.Context) *policy.Decision {
-	v := p.p.Slot.Decide(ctx, p.signals())
-	p.decided(v)
-	return v.Decision
-}
-
-func (p *Protector) decided(v plugins.Verdict) {
-	p.mu.Lock()
-	same := p.verdict.Decision.GetReason() == v.Decision.GetReason() && p.verdict.Generation == v.Generation && p.verdict.Source == v.Source
-	p.verdict, p.made = v, time.Now()
-	p.mu.Unlock()
-	if !same {
-		p.p.Decided(v)
-	}
-}
-
-// judge says whether an attempt's error ends the protection.
-func (p *Protector) judge(ctx context.Context, err error) error {
-	p.mu.Lock()
-	proven := p.proven
-	p.proven = proven || err == nil
-	p.mu.Unlock()
-	switch {
-	case err == nil:
-		return nil
-	case ctx.Err() != nil:
-		return errors.Join(ctx.Err(), err)
-	case hopeless(err, proven):
-		return err
-	}
-	p.p.Failed(err)
-	return nil
-}
-
-// hopeless reports whether another try would fail in the same way. That the VM has
-// ended is not for an error to say: Ended does.
-func hopeless(err error, proven bool) bool {
-	return problem.Is(err, problem.Usage) || !proven && problem.Is(err, problem.Refused)
-}
-
-// turn takes one checkpoint as decided, drops what is beyond the count, and gives the
-// monitor back.
-func (p *Protector) turn(ctx context.Context, d *policy.Decision, progress func(capture.Event)) (*capture.Result, error) {
-	ctx, cancel := context.WithCancel(ctx)
-	defer cancel()
-	p.mu.Lock()
-	p.cancel, p.record.attempted = cancel, time.Now()
-	p.mu.Unlock()
-	o := chosen(p.p.Capture, d)
-	if own := o.Progress; progress != nil {
-		o.Progress = func(e capture.Event) {
-			progress(e)
-			if own != nil {
-				own(e)
-			}
-		}
-	}
-	res, err := p.v.Checkpoint(ctx, p.st, o)
-	p.mu.Lock()
-	p.cancel = nil
-	p.record.add(res, err, string(o.Mode))
-	p.mu.Unlock()
-	if err == nil {
-		p.p.Taken(res)
-		if keep := p.p.KeepLast; keep > 0 {
-			err = Retain(ctx, p.st, p.v.Name, max(keep, int(d.GetKeep())))
-		}
-	}
-	return res, errors.Join(err, p.v.Rest())
-}
-
-// chosen are the options with what the operator leaves to the policy. Mode auto is mode
-// cow where that is offered, and knows what to do if it fails.
-func chosen(o capture.Options, d *policy.Decision) capture.Options {
-	if m := d.GetMode(); m != "" && m != string(capture.COW) && o.Mode == capture.Auto {
-		o.Mode = capture.Mode(m)
-	}
-	if e := d.GetEngine(); e != "" && o.Engine == capture.EngineAuto {
-		o.Engine = capture.Engine(e)
-	}
-	if c := d.GetCompression(); c != "" {
-		o.Compress = c
-	}
-	return o
-}
-
-// Checkpoint takes one now. problem.Busy while another is being taken.
-func (p *Protector) Checkpoint(ctx context.Context, progress func(capture.Event)) (*capture.Result, error) {
-	p.mu.Lock()
-	busy := p.cancel != nil
-	p.mu.Unlock()
-	if busy {
-		return nil, problem.New(problem.Busy, "checkpoint", "VM "+p.v.Name, "one is being taken")
-	}
-	o := &order{progress: progress, answer: make(chan answer, 1)}
-	select {
-	case p.ask <- o:
-	case <-p.done:
-		return nil, p.ended("checkpoint")
-	case <-ctx.Done():
-		return nil, ctx.Err()
-	}
-	select { // once taken up it is finished: whoever asked may have gone
-	case a := <-o.answer:
-		return a.res, a.err
-	case <-ctx.Done():
-		return nil, ctx.Err()
 	}
 }
 
@@ -284,25 +121,66 @@ func (p *Protector) ended(op string) error {
 	return problem.New(problem.NotFound, op, "VM "+p.v.Name, "its protection has ended")
 }
 
+// Checkpoint takes one now. problem.Busy while another is being taken.
+func (p *Protector) Checkpoint(ctx context.Context, progress func(capture.Event)) (*capture.Result, error) {
+	const op = "checkpoint"
+	o := &order{progress: progress, answer: make(chan answer, 1)}
+	p.mu.Lock()
+	p.number++
+	number := p.number
+	p.orders[number] = o
+	p.mu.Unlock()
+	defer func() {
+		p.mu.Lock()
+		delete(p.orders, number)
+		p.mu.Unlock()
+	}()
+	if err := p.tell(ctx, op, controller.Ordered{Order: number}); err != nil {
+		return nil, err
+	}
+	select { // once taken up it is finished: whoever asked may have gone
+	case a := <-o.answer:
+		return a.res, a.err
+	case <-p.done:
+		select {
+		case a := <-o.answer:
+			return a.res, a.err
+		default:
+			return nil, p.ended(op)
+		}
+	case <-ctx.Done():
+		return nil, ctx.Err()
+	}
+}
+
+// order is an operator's; nil if he has gone.
+func (p *Protector) order(number uint64) *order {
+	p.mu.Lock()
+	defer p.mu.Unlock()
+	return p.orders[number]
+}
+
 // SetPolicy replaces the policy; the one before it stays if that fails.
 func (p *Protector) SetPolicy(ctx context.Context, ref string, params map[string]string) (plugins.Verdict, error) {
 	return p.p.Slot.Set(ctx, ref, params, p.signals())
 }
 
-// Cancel gives up the checkpoint that is being taken, if one is.
-func (p *Protector) Cancel() bool {
+// Cancel gives up the checkpoint that is being taken or waits for its turn, if one is.
+func (p *Protector) Cancel(ctx context.Context) (bool, error) {
 	p.mu.Lock()
-	defer p.mu.Unlock()
-	if p.cancel == nil {
-		return false
+	state := p.state
+	p.mu.Unlock()
+	if state != controller.Queued && !state.UnderWay() {
+		return false, nil
 	}
-	p.cancel()
-	return true
+	return true, p.tell(ctx, "cancel", controller.CancelWanted{})
 }
 
 // Detach ends Run, and returns when it has.
 func (p *Protector) Detach(ctx context.Context) error {
-	p.once.Do(func() { close(p.detach) })
+	if err := p.tell(ctx, "detach", controller.DetachWanted{}); err != nil && !problem.Is(err, problem.NotFound) {
+		return err
+	}
 	select {
 	case <-p.done:
 		return nil
@@ -322,4 +200,18 @@ func Retain(ctx context.Context, st *store.Store, name string, keepLast int) err
 	defer cancel()
 	_, err := st.ApplyRetention(ctx, name, keepLast)
 	return err
+}
+
+// classOf says what an attempt's error means for the next one. That the VM has ended is
+// not for an error to say.
+func classOf(ctx context.Context, err error) controller.Failure {
+	switch {
+	case ctx.Err() != nil || errors.Is(err, context.Canceled):
+		return controller.Given
+	case problem.Is(err, problem.Usage):
+		return controller.Senseless
+	case problem.Is(err, problem.Refused):
+		return controller.Forbidden
+	}
+	return controller.Passing
 }

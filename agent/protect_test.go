@@ -1,30 +1,57 @@
 package agent
 
 import (
+	"context"
 	"errors"
 	"testing"
+	"time"
 
+	"github.com/ckagent/ckagent/agent/controller"
 	"github.com/ckagent/ckagent/agent/problem"
+	"github.com/ckagent/ckagent/plugins/policy"
+	"github.com/ckagent/ckagent/plugins/policy/policypb"
 )
 
-// What passes must not end the protection of a VM: nobody would notice before the
-// checkpoint is needed.
-func TestWhatEndsAProtection(t *testing.T) {
+// What an attempt's error means for the next one. A refusal is not the same as what
+// fails: package controller says what follows from either.
+func TestWhatAFailureMeans(t *testing.T) {
+	ended, cancel := context.WithCancel(t.Context())
+	cancel()
 	for _, c := range []struct {
-		err    error
-		proven bool
-		want   bool
+		ctx  context.Context
+		err  error
+		want controller.Failure
 	}{
-		{problem.New(problem.Refused, "protect", "", "a device cannot be saved"), false, true},
-		{problem.New(problem.Refused, "protect", "", "a backup job is under way"), true, false},
-		{problem.New(problem.Usage, "checkpoint", "", "mode x"), true, true},
-		{problem.New(problem.NotFound, "apply retention", "", "removed by somebody else"), false, false},
-		{problem.New(problem.Store, "write", "", "full"), false, false},
-		{problem.New(problem.Busy, "attach", "", "monitor"), false, false},
-		{errors.New("anything"), true, false},
+		{t.Context(), problem.New(problem.Refused, "protect", "", "a device cannot be saved"), controller.Forbidden},
+		{t.Context(), problem.New(problem.Usage, "checkpoint", "", "mode x"), controller.Senseless},
+		{t.Context(), problem.New(problem.NotFound, "apply retention", "", "removed by somebody else"), controller.Passing},
+		{t.Context(), problem.New(problem.Store, "write", "", "full"), controller.Passing},
+		{t.Context(), problem.New(problem.Busy, "attach", "", "monitor"), controller.Passing},
+		{t.Context(), errors.New("anything"), controller.Passing},
+		{ended, problem.New(problem.Refused, "protect", "", "whatever came of giving it up"), controller.Given},
 	} {
-		if got := hopeless(c.err, c.proven); got != c.want {
-			t.Errorf("%v, proven %v: %v, want %v", c.err, c.proven, got, c.want)
+		if got := classOf(c.ctx, c.err); got != c.want {
+			t.Errorf("%v: %v, want %v", c.err, got, c.want)
+		}
+	}
+}
+
+// A decision means the same to the controller as to the policy that made it.
+func TestWhatADecisionMeans(t *testing.T) {
+	now := time.Unix(1000, 0)
+	at := func(s int64) int64 { return time.Unix(s, 0).UnixNano() }
+	for _, c := range []struct {
+		d    *policy.Decision
+		want controller.Decided
+	}{
+		{&policy.Decision{When: &policypb.Decision_Now{Now: true}}, controller.Decided{At: now}},
+		{&policy.Decision{When: &policypb.Decision_AtNs{AtNs: at(1010)}, AskAgainNs: at(1005)}, controller.Decided{At: time.Unix(1010, 0), Again: time.Unix(1005, 0)}},
+		{&policy.Decision{When: &policypb.Decision_IdleSlot{IdleSlot: &policypb.IdleSlot{NotBeforeNs: at(1001), DeadlineNs: at(1020)}}}, controller.Decided{At: time.Unix(1020, 0)}},
+		{&policy.Decision{AskAgainNs: at(1030)}, controller.Decided{Again: time.Unix(1030, 0)}},
+		{nil, controller.Decided{}},
+	} {
+		if got := eventOf(c.d, now); got != c.want {
+			t.Errorf("%v: %v, want %v", c.d, got, c.want)
 		}
 	}
 }

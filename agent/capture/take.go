@@ -340,6 +340,7 @@ func (s *session) capture(ctx context.Context) (hot image.HotRuns, err error) {
 			return nil, s.captureError("arm RAM", err)
 		}
 	}
+	s.o.tell("stop", 0, "the guest is stopped")
 	s.res.Timing, err = p.run(ctx, inside)
 	if err = errors.Join(err, undo()); err != nil {
 		return nil, err

@@ -129,7 +129,7 @@ func (a *app) protect(ctx context.Context, p *agent.Protector) (err error) {
 		return err
 	}
 	server := api.NewServer()
-	apipb.RegisterAgentServer(server, agent.NewControl(p))
+	apipb.RegisterAgentServer(server, agent.NewControl(func() []*agent.Protector { return []*agent.Protector{p} }))
 	served := make(chan error, 1)
 	go func() { served <- server.Serve(l) }()
 	defer func() {

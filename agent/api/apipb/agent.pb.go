@@ -123,7 +123,7 @@ type VMStatus struct {
 	state          protoimpl.MessageState `protogen:"open.v1"`
 	Vm             string                 `protobuf:"bytes,1,opt,name=vm,proto3" json:"vm,omitempty"`
 	QemuPid        int32                  `protobuf:"varint,2,opt,name=qemu_pid,json=qemuPid,proto3" json:"qemu_pid,omitempty"`
-	State          string                 `protobuf:"bytes,3,opt,name=state,proto3" json:"state,omitempty"`          // idle, checkpoint, ended
+	State          string                 `protobuf:"bytes,3,opt,name=state,proto3" json:"state,omitempty"`          // of package controller: idle, queued, arming, capturing, committing, ended, ...
 	Protected      bool                   `protobuf:"varint,4,opt,name=protected,proto3" json:"protected,omitempty"` // the last success is no older than the policy wanted it
 	Degraded       []string               `protobuf:"bytes,5,rep,name=degraded,proto3" json:"degraded,omitempty"`    // what does not work as it should, in words
 	Policy         *Policy                `protobuf:"bytes,6,opt,name=policy,proto3" json:"policy,omitempty"`
