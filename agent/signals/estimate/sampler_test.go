@@ -10,6 +10,9 @@ type load struct {
 	name  string
 	pages int
 	write func(r *rand.Rand, window int, mark func(page int))
+	// still: once its place is known nothing is left to chance. The bar allows for what
+	// was not looked at, and nothing ever is there.
+	still bool
 }
 
 func loads(pages int) []load {
@@ -28,27 +31,60 @@ func loads(pages int) []load {
 	with := func(f func(*rand.Rand, int, func(int))) func(*rand.Rand, int, func(int)) {
 		return func(r *rand.Rand, w int, mark func(int)) { f(r, w, mark); noise(r, mark) }
 	}
-	return []load{
-		{"random 500 of 32 MiB", pages, with(random(20000, 8192, 500))},
-		{"random 2000 of 256 MiB", pages, with(random(9000, 65536, 2000))},
-		{"random 20000 of 512 MiB", pages, with(random(9000, 131072, 20000))},
-		{"random 100000 of 32 MiB", pages, with(random(30000, 8192, 100000))},
-		{"random 100000 of everything", pages, with(random(0, pages, 100000))},
-		{"sequential 2000", pages, with(func(_ *rand.Rand, w int, mark func(int)) {
+	all := []load{
+		{name: "random 500 of 32 MiB", pages: pages, write: with(random(20000, 8192, 500))},
+		{name: "random 2000 of 256 MiB", pages: pages, write: with(random(9000, 65536, 2000))},
+		{name: "random 20000 of 512 MiB", pages: pages, write: with(random(9000, 131072, 20000))},
+		{name: "random 100000 of 32 MiB", pages: pages, write: with(random(30000, 8192, 100000))},
+		{name: "random 100000 of everything", pages: pages, write: with(random(0, pages, 100000))},
+		{name: "sequential 2000", pages: pages, write: with(func(_ *rand.Rand, w int, mark func(int)) {
 			for i := range 2000 {
 				mark((w*2000 + i) % pages)
 			}
 		})},
-		{"sequential 20000", pages, with(func(_ *rand.Rand, w int, mark func(int)) {
+		{name: "sequential 20000", pages: pages, write: with(func(_ *rand.Rand, w int, mark func(int)) {
 			for i := range 20000 {
 				mark((w*20000 + i) % pages)
 			}
 		})},
-		{"hot and cold", pages, with(func(r *rand.Rand, w int, mark func(int)) {
+		{name: "sequential 5000 in bursts", pages: pages, write: with(func(r *rand.Rand, w int, mark func(int)) {
+			for i := range 3500 + r.IntN(3000) {
+				mark((w*6500 + i) % pages)
+			}
+		})},
+		{name: "eight sequential streams", pages: pages, write: with(func(_ *rand.Rand, w int, mark func(int)) {
+			for i := range 8000 {
+				mark((i%8*pages/8 + (w*8000+i)/8) % pages)
+			}
+		})},
+		{name: "each 64th page of a part", pages: pages, write: with(func(_ *rand.Rand, _ int, mark func(int)) {
+			for i := range 2000 {
+				mark(4096 + 64*i)
+			}
+		})},
+		{name: "runs of 64 KiB anywhere", pages: pages, write: with(func(r *rand.Rand, _ int, mark func(int)) {
+			for range 600 {
+				at := r.IntN(pages - 16)
+				for i := range 16 {
+					mark(at + i)
+				}
+			}
+		})},
+		{name: "a hot place that moves", pages: pages, write: with(func(r *rand.Rand, w int, mark func(int)) {
+			random(w/20*9000%(pages-4096), 4096, 12000)(r, w, mark)
+		})},
+		{name: "hot and cold", pages: pages, write: with(func(r *rand.Rand, w int, mark func(int)) {
 			random(40000, 2048, 18000)(r, w, mark)
 			random(50000, 131072, 2000)(r, w, mark)
 		})},
 	}
+	for i := range all {
+		switch all[i].name {
+		case "random 100000 of 32 MiB", "each 64th page of a part", "a hot place that moves":
+			all[i].still = true
+		}
+	}
+	return all
 }
 
 // TestErrorBarIsHonest: over 200 windows of each load, the 95 % bar covers the truth
@@ -92,9 +128,7 @@ func TestErrorBarIsHonest(t *testing.T) {
 			}
 			share := 100 * float64(covered) / windows
 			t.Logf("%-30s covered %5.1f %%, half-width %4.1f %%, bias %+.2f %%, armed %4.1f %%", l.name, share, 100*wide/windows, 100*bias/windows, 100*armed/windows)
-			// Of a load without any chance in it a narrow bar may cover every window:
-			// it allows for what was not looked at.
-			if share < 92 || share > 98 && wide/windows > 0.06 {
+			if share < 92 || share > 98 && !l.still {
 				t.Errorf("the bar covers %.1f %% of the windows", share)
 			}
 			if wide/windows > 0.15 {

@@ -31,6 +31,7 @@ type Sampled struct {
 	panel   *panel
 	curve   estimate.Curve
 	windows int
+	blocks  []float64 // estimated pages written in each block, summed over windows
 }
 
 // Window is what one window told.
@@ -49,7 +50,7 @@ func (t *Tracker) Sample(c SampleConfig) *Sampled {
 		c.MaxShare = 0.5
 	}
 	units := int((t.pages + unitPages - 1) / unitPages)
-	s := &Sampled{t: t, c: c, sampler: estimate.NewSampler(estimate.SamplerConfig{
+	s := &Sampled{t: t, c: c, blocks: make([]float64, len(t.Blocks)), sampler: estimate.NewSampler(estimate.SamplerConfig{
 		UnitPages: unitPages, Units: units, Precision: c.Precision, MaxUnits: max(256, int(float64(units)*c.MaxShare)),
 	})}
 	if c.Content > 0 {
@@ -62,7 +63,7 @@ func (t *Tracker) Sample(c SampleConfig) *Sampled {
 // closed: what was learned of where memory is hot is kept, the sample that was
 // being followed is not. It reports false if the memory has another size now.
 func (s *Sampled) Rebind(t *Tracker) bool {
-	if t.pages != s.t.pages {
+	if t.pages != s.t.pages || len(t.Blocks) != len(s.t.Blocks) {
 		return false
 	}
 	s.t, s.panel = t, nil
@@ -123,6 +124,7 @@ func (s *Sampled) Window(ctx context.Context, d time.Duration) (Window, error) {
 	}
 	e := s.sampler.Observe(units)
 	s.windows++
+	s.share(units)
 	took := looked.Sub(armed)
 	e.Error = math.Hypot(e.Error, edge(e.Pages/took.Seconds(), armSpan, lookSpan))
 	s.curve.Add(took, e.Pages)
@@ -177,6 +179,21 @@ func (s *Sampled) look(units []estimate.Unit) error {
 			}
 		})
 	})
+}
+
+// share adds a window's pages to the blocks they lie in.
+func (s *Sampled) share(units []estimate.Unit) {
+	at := 0
+	for _, u := range units {
+		if u.Written == 0 {
+			continue
+		}
+		first := uint64(u.Index) * unitPages
+		for at+1 < len(s.t.Blocks) && first >= s.t.Blocks[at+1].First {
+			at++
+		}
+		s.blocks[at] += u.Weight * float64(u.Written)
+	}
 }
 
 // Curve is what was learned of G(T).
@@ -356,12 +373,16 @@ func (t *Tracker) MeasureSampled(ctx context.Context, whole, interval time.Durat
 	r.Spread = math.Sqrt(r.Spread)
 	r.Heat = s.Heat()
 	for i, b := range t.Blocks {
-		k := BlockRate{Name: b.Name, WSSPages: s.panel.pagesIn(b)}
-		for j := range r.Heat[i] {
-			r.Heat[i][j] /= r.Interval.Seconds()
-			k.Rate += r.Heat[i][j]
-		}
+		k := BlockRate{Name: b.Name, Rate: s.blocks[i] / weight, WSSPages: s.panel.pagesIn(b)}
 		r.Blocks = append(r.Blocks, k)
+		// What is remembered says where; how much is written is known better.
+		var sum float64
+		for _, h := range r.Heat[i] {
+			sum += h
+		}
+		for j := range r.Heat[i] {
+			r.Heat[i][j] *= k.Rate / max(sum, 1e-9)
+		}
 	}
 	if sh, ok := s.Shares(); ok {
 		r.Shares = &sh
