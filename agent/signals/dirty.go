@@ -3,6 +3,8 @@ package signals
 import (
 	"context"
 	"errors"
+	"slices"
+	"sync"
 	"time"
 
 	"github.com/ckagent/ckagent/agent/problem"
@@ -10,18 +12,19 @@ import (
 	"github.com/ckagent/ckagent/agent/vm"
 )
 
-// dirtyState is what sampling knows of one VM; Watcher.mu guards result and note,
-// the sampling goroutine owns the rest.
+// dirtyState is what sampling knows of one VM; Watcher.mu guards the first part, who
+// holds watched.busy owns the rest.
 type dirtyState struct {
-	result *Dirty
-	at     time.Time
-	note   string
+	result  *Dirty
+	at      time.Time
+	note    string
+	due     time.Time
+	working bool // a window is running or about to
 
 	blocks  []vm.RAMBlock
 	vcpus   []int
 	sampled *track.Sampled
 	round   int
-	due     time.Time
 }
 
 func (d *dirtyState) sample(now time.Time) (*Dirty, string) {
@@ -39,35 +42,30 @@ var windows = []time.Duration{500 * time.Millisecond, time.Second, 2 * time.Seco
 // contentPages are read per window to see what they are made of.
 const contentPages = 128
 
-// sampleDirty runs a window of each VM in turn. Between two windows of a VM its
-// memory is free for others: a checkpoint that comes meanwhile finds it so.
+// together bounds the VMs whose memory is sampled at one time. A window is nearly all
+// waiting; on a host of many VMs they would come too seldom one after another.
+const together = 8
+
+// sampleDirty runs windows of the VMs, those first that have waited longest. Between
+// two windows of a VM its memory is free for others: a checkpoint that comes
+// meanwhile finds it so.
 func (w *Watcher) sampleDirty(ctx context.Context) {
 	tick := time.NewTicker(100 * time.Millisecond)
 	defer tick.Stop()
+	var running sync.WaitGroup
+	defer running.Wait()
+	room := make(chan struct{}, together)
 	for {
-		for _, pid := range w.pids() {
-			v := w.get(pid)
-			if v == nil || time.Now().Before(v.dirty.due) {
-				continue
-			}
-			v.busy.Lock()
-			if v.gone {
-				v.busy.Unlock()
-				continue
-			}
-			r, err := v.window(ctx, w.o)
-			v.dirty.due = time.Now().Add(w.o.DirtyEvery)
-			v.busy.Unlock()
-			if ctx.Err() != nil {
+		for _, v := range w.due(time.Now()) {
+			select {
+			case room <- struct{}{}:
+			case <-ctx.Done():
 				return
 			}
-			w.mu.Lock()
-			if err != nil {
-				v.dirty.note = err.Error()
-			} else {
-				v.dirty.result, v.dirty.at, v.dirty.note = r, time.Now(), ""
-			}
-			w.mu.Unlock()
+			running.Go(func() {
+				defer func() { <-room }()
+				w.sampleOne(ctx, v)
+			})
 		}
 		select {
 		case <-ctx.Done():
@@ -77,8 +75,45 @@ func (w *Watcher) sampleDirty(ctx context.Context) {
 	}
 }
 
+// due lists the VMs whose next window is due, the longest due first, and marks them
+// as being worked on.
+func (w *Watcher) due(now time.Time) (out []*watched) {
+	w.mu.Lock()
+	defer w.mu.Unlock()
+	for _, v := range w.vms {
+		if d := &v.dirty; !d.working && !now.Before(d.due) {
+			d.working = true
+			out = append(out, v)
+		}
+	}
+	slices.SortFunc(out, func(a, b *watched) int { return a.dirty.due.Compare(b.dirty.due) })
+	return out
+}
+
+func (w *Watcher) sampleOne(ctx context.Context, v *watched) {
+	v.busy.Lock()
+	defer v.busy.Unlock()
+	if v.gone || ctx.Err() != nil {
+		return
+	}
+	r, err := v.window(ctx, w.o)
+	w.mu.Lock()
+	defer w.mu.Unlock()
+	now := time.Now()
+	v.dirty.working, v.dirty.due = false, now.Add(w.o.DirtyEvery)
+	switch {
+	case ctx.Err() != nil: // what it brought was our own end
+	case err != nil:
+		v.dirty.note = err.Error()
+	default:
+		v.dirty.result, v.dirty.at, v.dirty.note = r, now, ""
+	}
+}
+
 // window takes the VM, samples once and lets go.
 func (v *watched) window(ctx context.Context, o WatchOptions) (out *Dirty, err error) {
+	ctx, done := v.whileAlive(ctx)
+	defer done()
 	lock, err := vm.Lock(ctx, v.process)
 	if err != nil {
 		return nil, err
@@ -115,6 +150,24 @@ func (v *watched) window(ctx context.Context, o WatchOptions) (out *Dirty, err e
 		out.Shares = &s
 	}
 	return out, nil
+}
+
+// whileAlive returns a context that ends with the VM, so that a window of a VM that
+// was killed is not waited for; done ends it and what watches.
+func (v *watched) whileAlive(ctx context.Context) (alive context.Context, done func()) {
+	alive, cancel := context.WithCancel(ctx)
+	var watch sync.WaitGroup
+	watch.Go(func() {
+		select {
+		case <-v.process.Done():
+			cancel()
+		case <-alive.Done():
+		}
+	})
+	return alive, func() {
+		cancel()
+		watch.Wait()
+	}
 }
 
 // layout asks the monitor where memory lies, and gives it back.

@@ -18,8 +18,8 @@
 //
 // # Lock order
 //
-// A VM's lock (vm.Lock) is taken before its memory is; nothing else is held
-// together.
+// watched.busy, then the VM's lock (vm.Lock), then its memory; Watcher.mu may be taken
+// inside of them and takes nothing itself.
 //
 // # Failure modes
 //

@@ -37,7 +37,7 @@ type watched struct {
 	base   []schedTimes // of the threads, without the program
 	io     uint64       // write_bytes at the beginning, without the program
 
-	busy  sync.Mutex // held while memory is sampled; guards gone
+	busy  sync.Mutex // held while memory is sampled; guards gone; taken before Watcher.mu
 	gone  bool       // let go of: nothing may be begun any more
 	dirty dirtyState
 }

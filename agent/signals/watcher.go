@@ -37,7 +37,7 @@ type Watcher struct {
 	o      WatchOptions
 	kernel *Kernel
 
-	mu  sync.Mutex // guards vms and what the sampling goroutine leaves in them
+	mu  sync.Mutex // guards vms, last and what sampling leaves in them
 	vms map[int]*watched
 
 	last    Snapshot
@@ -176,7 +176,7 @@ func (w *Watcher) drop(pid int) error {
 	v := w.vms[pid]
 	delete(w.vms, pid)
 	w.mu.Unlock()
-	// The sampling goroutine may be at it: a VM that has ended fails it quickly.
+	// A window of it may be running: a VM that has ended fails it quickly.
 	v.busy.Lock()
 	defer v.busy.Unlock()
 	v.gone = true

@@ -2,9 +2,6 @@ package heatmap
 
 import (
 	"fmt"
-	"image"
-	"image/color"
-	"image/png"
 	"io"
 	"math"
 	"strings"
@@ -55,9 +52,12 @@ func (m Map) top(rows int) (top float64) {
 	return top
 }
 
-// level maps heat to 0 (nothing) or 1..n, three decades below the top being 1.
+// decades of heat below the top that the scale shows; what is less looks like its
+// lower end.
+const decades = 3
+
+// level maps heat to 0 (nothing) or 1..n, the lowest of the scale being 1.
 func level(h, top float64, n int) int {
-	const decades = 3
 	if h <= 0 || top <= 0 {
 		return 0
 	}
@@ -80,7 +80,7 @@ func (m Map) Text(w io.Writer) error {
 			cold = append(cold, bl.Name)
 			continue
 		}
-		fmt.Fprintf(&b, "%s, %s, %s a cell\n", bl.Name, sizeText(bl.Bytes), sizeText(bl.RegionBytes*uint64(per)))
+		fmt.Fprintln(&b, title(bl, per))
 		for i := 0; i < len(c); i += Columns {
 			row := c[i:min(i+Columns, len(c))]
 			fmt.Fprintf(&b, "%9s |", sizeText(uint64(i*per)*bl.RegionBytes))
@@ -96,6 +96,11 @@ func (m Map) Text(w io.Writer) error {
 	fmt.Fprintf(&b, "scale: '%s' to '%c' = %.3g %s a cell, logarithmic\n", string(shades[1:2]), shades[len(shades)-1], top, m.Unit)
 	_, err := io.WriteString(w, b.String())
 	return err
+}
+
+// title is the line above a block's cells.
+func title(b Block, per int) string {
+	return fmt.Sprintf("%s, %s, %s a cell", b.Name, sizeText(b.Bytes), sizeText(b.RegionBytes*uint64(per)))
 }
 
 func (m Map) warm() (n int) {
@@ -114,67 +119,6 @@ func touched(c []float64) bool {
 		}
 	}
 	return false
-}
-
-const (
-	cell    = 10 // pixels
-	gap     = 6
-	pngRows = 256 // per block
-)
-
-// PNG writes the map as a picture: blocks from top to bottom, the scale below. Of
-// blocks in which nothing was written only main ones as large as a row are shown.
-func (m Map) PNG(w io.Writer) error {
-	top := m.top(pngRows)
-	type part struct {
-		cells []float64
-		y     int
-	}
-	var parts []part
-	y := gap
-	for _, b := range m.Blocks {
-		c, _ := cells(b, pngRows)
-		if !touched(c) && len(c) < Columns {
-			continue
-		}
-		parts = append(parts, part{c, y})
-		y += (len(c)+Columns-1)/Columns*cell + gap
-	}
-	img := image.NewRGBA(image.Rect(0, 0, 2*gap+Columns*cell, y+cell+gap))
-	fill(img, img.Bounds(), color.RGBA{24, 24, 28, 255})
-	for _, p := range parts {
-		for i, h := range p.cells {
-			x, y := gap+i%Columns*cell, p.y+i/Columns*cell
-			fill(img, image.Rect(x, y, x+cell-1, y+cell-1), warmth(level(h, top, 255)))
-		}
-	}
-	for i := range Columns {
-		x := gap + i*cell
-		fill(img, image.Rect(x, y, x+cell, y+cell), warmth(i*255/(Columns-1)))
-	}
-	return png.Encode(w, img)
-}
-
-func fill(img *image.RGBA, r image.Rectangle, c color.RGBA) {
-	for y := r.Min.Y; y < r.Max.Y; y++ {
-		for x := r.Min.X; x < r.Max.X; x++ {
-			img.SetRGBA(x, y, c)
-		}
-	}
-}
-
-// warmth goes from dark grey (0: nothing) by blue, red and yellow to white.
-func warmth(l int) color.RGBA {
-	stops := []color.RGBA{{30, 40, 120, 255}, {150, 40, 150, 255}, {225, 70, 50, 255}, {250, 190, 40, 255}, {255, 255, 235, 255}}
-	if l <= 0 {
-		return color.RGBA{45, 45, 50, 255}
-	}
-	x := float64(min(l, 255)-1) / 254 * float64(len(stops)-1)
-	i := min(int(x), len(stops)-2)
-	f := x - float64(i)
-	mix := func(a, b uint8) uint8 { return uint8(float64(a) + f*(float64(b)-float64(a))) }
-	a, b := stops[i], stops[i+1]
-	return color.RGBA{mix(a.R, b.R), mix(a.G, b.G), mix(a.B, b.B), 255}
 }
 
 // sizeText is a round size for people.

@@ -77,7 +77,8 @@ func TestPNG(t *testing.T) {
 		t.Fatal(err)
 	}
 	at := func(region int) uint32 {
-		r, g, bl, _ := img.At(gap+region%Columns*cell+3, gap+region/Columns*cell+3).RGBA()
+		x, y := place(region, gap)
+		r, g, bl, _ := img.At(x+3, y+3).RGBA()
 		return r + g + bl
 	}
 	if !(at(105) > at(200) && at(200) > at(0)) {
