@@ -5,7 +5,6 @@ import (
 	"errors"
 	"fmt"
 	"io"
-	"math"
 	stdnet "net"
 	"os"
 	"runtime"
@@ -322,91 +321,6 @@ func TestStall(t *testing.T) {
 		t.Errorf("%+v then %+v", mid, end)
 	}
 	t.Logf("%d stalls", end.Stalls)
-}
-
-// TestIdleSlots: pings with known pauses give slots of known number and length.
-func TestIdleSlots(t *testing.T) {
-	const gap, n = 20 * time.Millisecond, 25
-	w := newWire(t, Options{Gap: gap, Notify: true})
-	c := w.udp()
-	ev, err := w.m.Events()
-	if err != nil {
-		t.Fatal(err)
-	}
-	defer ev.Close()
-	type found struct {
-		begins []time.Duration
-		ends   int
-	}
-	result := make(chan found)
-	go func() {
-		var f found
-		for {
-			e, err := ev.Next()
-			if err != nil {
-				result <- f
-				return
-			}
-			if e.Begins {
-				f.begins = append(f.begins, e.Silence)
-			} else {
-				f.ends++
-			}
-		}
-	}()
-	buf := make([]byte, 16)
-	// The first packet of all is what silence is measured from.
-	if _, err := c.Write([]byte("ping")); err != nil {
-		t.Fatal(err)
-	}
-	if _, err := c.Read(buf); err != nil {
-		t.Fatal(err)
-	}
-	before := w.read()
-	var paused time.Duration
-	last := time.Now()
-	long := 0 // pauses that really were longer than the gap
-	for range n {
-		time.Sleep(3 * gap)
-		if d := time.Since(last); d > gap {
-			long++
-			paused += d
-		}
-		for range 5 { // a burst without pauses
-			if _, err := c.Write([]byte("ping")); err != nil {
-				t.Fatal(err)
-			}
-			if _, err := c.Read(buf); err != nil {
-				t.Fatal(err)
-			}
-		}
-		last = time.Now()
-	}
-	after := w.read()
-	ev.Close()
-	f := <-result
-	idle := after.Idle - before.Idle
-	t.Logf("%d pauses of %v in all: %d slots (%d false), idle %v, told of %d", long, paused, after.Slots-before.Slots, after.FalseSlots, idle, len(f.begins))
-	// Neighbour discovery may split a pause now and then.
-	if got := int(after.Slots - before.Slots); got < long || got > long+5 {
-		t.Errorf("%d slots, want %d", got, long)
-	}
-	if math.Abs(float64(idle-paused)) > 0.15*float64(paused) {
-		t.Errorf("idle %v, paused %v", idle, paused)
-	}
-	within := 0
-	for _, s := range f.begins {
-		if s >= gap && s < gap+gap/10 {
-			within++
-		}
-	}
-	// On a busy host a timer comes late now and then.
-	if within*10 < len(f.begins)*8 {
-		t.Errorf("only %d of %d slots were found within 10 %% of the gap: %v", within, len(f.begins), f.begins)
-	}
-	if f.ends == 0 || after.Lost != 0 {
-		t.Errorf("%d ends, %d lost", f.ends, after.Lost)
-	}
 }
 
 // TestGoneInterface: an interface that goes away takes its attachment with it.
