@@ -3,6 +3,7 @@ package main
 import (
 	"encoding/json"
 	"fmt"
+	"io"
 	"os"
 	"strings"
 	"text/tabwriter"
@@ -25,8 +26,10 @@ func (a *app) print(kind string, v any) {
 }
 
 // table prints rows with aligned columns.
-func (a *app) table(header []string, rows [][]string) {
-	w := tabwriter.NewWriter(a.out, 0, 4, 2, ' ', 0)
+func (a *app) table(header []string, rows [][]string) { writeTable(a.out, header, rows) }
+
+func writeTable(out io.Writer, header []string, rows [][]string) {
+	w := tabwriter.NewWriter(out, 0, 4, 2, ' ', 0)
 	fmt.Fprintln(w, strings.Join(header, "\t"))
 	for _, r := range rows {
 		fmt.Fprintln(w, strings.Join(r, "\t"))

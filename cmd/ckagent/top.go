@@ -95,7 +95,7 @@ func runTop(ctx context.Context, a *app, o *topOptions, args []string) (err erro
 		}
 		defer func() { err = errors.Join(err, stop()) }()
 	}
-	t := topView{a: a, tty: isTerminal(a.out)}
+	t := topView{a: a, screen: newScreen(a.out)}
 	tick := time.NewTicker(o.interval)
 	defer tick.Stop()
 	for n := 1; ; n++ {
@@ -145,7 +145,7 @@ func (o *topOptions) serve(ctx context.Context, w *signals.Watcher) (stop func()
 // topView shows snapshots: on a terminal in place, else one after another.
 type topView struct {
 	a      *app
-	tty    bool
+	screen *screen // nil: not a terminal
 	lacked bool
 }
 
@@ -160,29 +160,81 @@ func (t *topView) show(s signals.Snapshot) {
 		t.a.print("top", topResult{schema("top"), s})
 		return
 	}
-	if t.tty {
-		fmt.Fprint(t.a.out, "\x1b[H\x1b[2J")
+	var b strings.Builder
+	fmt.Fprintf(&b, "%s  %s", s.Time.Format("15:04:05"), plural(len(s.VMs), "VM"))
+	if t.screen != nil {
+		b.WriteString("  (control-C ends)")
 	}
-	fmt.Fprintf(t.a.out, "%s  %d VMs\n", s.Time.Format("15:04:05"), len(s.VMs))
+	b.WriteString("\n")
 	var rows [][]string
 	for i := range s.VMs {
 		rows = append(rows, topRow(&s.VMs[i]))
 	}
-	t.a.table([]string{"VM", "PID", "STATE", "DIRTY/S", "+-", "WSS", "CPU", "WAIT", "IDLE", "NET IN/S", "OUT/S", "REQ/S", "SLOTS/S", "WRITE/S", "OPS/S"}, rows)
+	t.tables(&b, rows)
 	for _, l := range s.Missing {
-		if t.tty || !t.lacked {
-			fmt.Fprintf(t.a.out, "missing %s: %s; instead: %s\n", l.Program, l.Reason, l.Instead)
+		if t.screen != nil || !t.lacked {
+			fmt.Fprintf(&b, "missing %s: %s; instead: %s\n", l.Program, l.Reason, l.Instead)
 		}
 	}
 	t.lacked = true
 	for _, x := range s.VMs {
 		if x.DirtyNote != "" {
-			fmt.Fprintf(t.a.out, "%s: %s\n", dash(x.VM), oneLine(x.DirtyNote))
+			fmt.Fprintf(&b, "%s: %s\n", dash(x.VM), oneLine(x.DirtyNote))
 		}
 		for _, n := range x.Notes {
-			fmt.Fprintf(t.a.out, "%s: %s\n", dash(x.VM), oneLine(n))
+			fmt.Fprintf(&b, "%s: %s\n", dash(x.VM), oneLine(n))
 		}
 	}
+	if t.screen != nil {
+		t.screen.show(b.String())
+		return
+	}
+	fmt.Fprint(t.a.out, b.String())
+}
+
+// The columns: who, memory and vCPUs, network and disks.
+var topHeader = []string{"VM", "PID", "STATE", "DIRTY/S", "+-", "WSS", "CPU", "WAIT", "IDLE", "NET IN/S", "OUT/S", "REQ/S", "SLOTS/S", "WRITE/S", "OPS/S"}
+
+const (
+	topWho    = 2 // columns that name the VM
+	topMemory = 9 // columns up to the network
+)
+
+// tables puts everything side by side, or below each other where the terminal is too
+// narrow for that.
+func (t *topView) tables(b *strings.Builder, rows [][]string) {
+	var wide strings.Builder
+	writeTable(&wide, topHeader, rows)
+	if t.screen != nil {
+		columns, _ := t.screen.size()
+		for line := range strings.Lines(wide.String()) {
+			if len([]rune(strings.TrimRight(line, "\n"))) > columns {
+				part := func(from, to int) {
+					cells := func(row []string) []string {
+						return append(append([]string{}, row[:topWho]...), row[from:to]...)
+					}
+					var some [][]string
+					for _, r := range rows {
+						some = append(some, cells(r))
+					}
+					writeTable(b, cells(topHeader), some)
+				}
+				part(topWho, topMemory)
+				b.WriteString("\n")
+				part(topMemory, len(topHeader))
+				return
+			}
+		}
+	}
+	b.WriteString(wide.String())
+}
+
+// plural is a number of things.
+func plural(n int, thing string) string {
+	if n == 1 {
+		return "1 " + thing
+	}
+	return fmt.Sprintf("%d %ss", n, thing)
 }
 
 func topRow(x *signals.Sample) []string {

@@ -6,58 +6,58 @@ import (
 	"encoding/json"
 	"fmt"
 	"math"
-	"math/rand/v2"
 	"os"
 	"os/exec"
 	"path/filepath"
-	"strconv"
-	"strings"
 	"testing"
 	"time"
-
-	"golang.org/x/sys/unix"
 
 	"github.com/ckagent/ckagent/tools/vmtest"
 )
 
 // look is one line of ckagent top --json (the part the tests look at).
 type look struct {
-	Schema string    `json:"schema"`
-	Time   time.Time `json:"time"`
-	VMs    []struct {
-		PID   int    `json:"pid"`
-		VM    string `json:"vm"`
-		State string `json:"checkpoint_state"`
-		Dirty *struct {
-			Rate  float64 `json:"dirty_pages_per_second"`
-			Error float64 `json:"error_pages_per_second"`
-		} `json:"dirty"`
-		DirtyNote string `json:"dirty_note"`
-		VCPU      struct {
-			Each []struct {
-				Run  int64 `json:"run_total_ns"`
-				Wait int64 `json:"wait_total_ns"`
-			} `json:"each"`
-			Slots uint64 `json:"idle_slots_total"`
-			Idle  int64  `json:"idle_total_ns"`
-		} `json:"vcpu"`
-		Network []struct {
-			Device   string `json:"device"`
-			In       uint64 `json:"in_bytes_total"`
-			Out      uint64 `json:"out_bytes_total"`
-			Requests uint64 `json:"requests_total"`
-			Answers  uint64 `json:"answers_total"`
-			Slots    uint64 `json:"idle_slots_total"`
-			False    uint64 `json:"false_idle_slots_total"`
-			Idle     int64  `json:"idle_total_ns"`
-			Estimate bool   `json:"estimate"`
-		} `json:"network"`
-		Disk struct {
-			Bytes  uint64 `json:"written_bytes_total"`
-			Writes uint64 `json:"writes_total"`
-		} `json:"disk"`
-	} `json:"vms"`
+	Schema  string                             `json:"schema"`
+	Time    time.Time                          `json:"time"`
+	VMs     []vmOf                             `json:"vms"`
 	Missing []struct{ Program, Reason string } `json:"missing"`
+}
+
+// vmOf is what a look says of one VM.
+type vmOf struct {
+	PID   int    `json:"pid"`
+	VM    string `json:"vm"`
+	State string `json:"checkpoint_state"`
+	Dirty *struct {
+		Rate     float64 `json:"dirty_pages_per_second"`
+		Error    float64 `json:"error_pages_per_second"`
+		Interval int64   `json:"interval_ns"`
+		Windows  uint64  `json:"windows_total"`
+	} `json:"dirty"`
+	DirtyNote string `json:"dirty_note"`
+	VCPU      struct {
+		Each []struct {
+			Run  int64 `json:"run_total_ns"`
+			Wait int64 `json:"wait_total_ns"`
+		} `json:"each"`
+		Slots uint64 `json:"idle_slots_total"`
+		Idle  int64  `json:"idle_total_ns"`
+	} `json:"vcpu"`
+	Network []struct {
+		Device   string `json:"device"`
+		In       uint64 `json:"in_bytes_total"`
+		Out      uint64 `json:"out_bytes_total"`
+		Requests uint64 `json:"requests_total"`
+		Answers  uint64 `json:"answers_total"`
+		Slots    uint64 `json:"idle_slots_total"`
+		False    uint64 `json:"false_idle_slots_total"`
+		Idle     int64  `json:"idle_total_ns"`
+		Estimate bool   `json:"estimate"`
+	} `json:"network"`
+	Disk struct {
+		Bytes  uint64 `json:"written_bytes_total"`
+		Writes uint64 `json:"writes_total"`
+	} `json:"disk"`
 }
 
 // watch is a ckagent top that runs; lines are its looks.
@@ -167,19 +167,8 @@ func TestVCPUDuty(t *testing.T) {
 // accounted is what the scheduler says of the vCPU threads: run and wait in ns.
 func accounted(t testing.TB, v *vmtest.VM) (out [][2]float64) {
 	t.Helper()
-	m, err := vmtest.DialMonitor(t.Context(), v.QMPPath())
-	if err != nil {
-		t.Fatal(err)
-	}
-	defer m.Close()
-	var cpus []struct {
-		TID int `json:"thread-id"`
-	}
-	if err := m.Execute(t.Context(), "query-cpus-fast", nil, &cpus); err != nil {
-		t.Fatal(err)
-	}
-	for _, c := range cpus {
-		b, err := os.ReadFile(fmt.Sprintf("/proc/%d/task/%d/schedstat", v.PID(), c.TID))
+	for _, tid := range vcpuThreads(t, v) {
+		b, err := os.ReadFile(fmt.Sprintf("/proc/%d/task/%d/schedstat", v.PID(), tid))
 		if err != nil {
 			t.Fatal(err)
 		}
@@ -260,118 +249,6 @@ func TestTapAndDisk(t *testing.T) {
 		t.Errorf("%d bytes written, QEMU says %d to %d", d1-d0, b2-b1, b3-b0)
 	}
 	v.Invariants()
-}
-
-// TestManyVMs: small guests are started and killed at random while one ckagent
-// watches them all. Nothing leaks, and the figures of those that live are right.
-func TestManyVMs(t *testing.T) {
-	n, d := 4, 6*time.Second
-	if campaign {
-		n, d = 20, 5*time.Minute
-	}
-	k := known{4, 400, "random"}
-	var vms []*vmtest.VM
-	for range n {
-		vms = append(vms, k.start(t))
-	}
-	// Only ours: others may run tests on this host.
-	w := startTop(t, "--match", fmt.Sprintf("vmtest-%d-*", os.Getpid()), "--dirty-every", "1s", "--interval", "200ms", "--max-share", "0.9")
-	usage := func() (kib, fds int) {
-		b, err := os.ReadFile(fmt.Sprintf("/proc/%d/status", w.cmd.Process.Pid))
-		if err != nil {
-			t.Fatal(err)
-		}
-		for line := range strings.Lines(string(b)) {
-			if rest, ok := strings.CutPrefix(line, "VmRSS:"); ok {
-				kib, _ = strconv.Atoi(strings.Fields(rest)[0])
-			}
-		}
-		list, err := os.ReadDir(fmt.Sprintf("/proc/%d/fd", w.cmd.Process.Pid))
-		if err != nil {
-			t.Fatal(err)
-		}
-		return kib, len(list)
-	}
-	rates := func(l look) map[int]float64 {
-		out := map[int]float64{}
-		for _, v := range l.VMs {
-			if v.Dirty != nil {
-				out[v.PID] = v.Dirty.Rate
-			}
-		}
-		return out
-	}
-	ours := func(l look) (seen int) {
-		for _, v := range l.VMs {
-			for _, m := range vms {
-				if v.PID == m.PID() {
-					seen++
-				}
-			}
-		}
-		return seen
-	}
-	eventually(t, "all are seen", func() bool { return ours(w.next()) == n })
-	_, fds := usage()
-	kib := 0
-	rounds := 0
-	for begin := time.Now(); time.Since(begin) < d; rounds++ {
-		i := rand.IntN(n)
-		if err := vms[i].Signal(unix.SIGKILL); err != nil {
-			t.Fatal(err)
-		}
-		<-vms[i].Done()
-		vms[i].Kill()
-		vms[i] = k.start(t)
-		pid := vms[i].PID()
-		eventually(t, "the new one is seen", func() bool {
-			for _, v := range w.next().VMs {
-				if v.PID == pid {
-					return true
-				}
-			}
-			return false
-		})
-		if rounds == 5 {
-			kib, _ = usage()
-		}
-	}
-	eventually(t, "all have a dirty rate", func() bool { return len(rates(w.next())) >= n })
-	off := 0
-	l := w.next()
-	for _, v := range vms {
-		got := rates(l)[v.PID()]
-		// A window of half a second on a busy host: the figure has to be of the right
-		// size, not right to the percent.
-		if got < 150 || got > 700 {
-			off++
-			t.Logf("pid %d: %.0f pages/s, known 400", v.PID(), got)
-		}
-		v.Invariants()
-	}
-	if off > n/4 {
-		t.Errorf("%d of %d rates are off", off, n)
-	}
-	endKiB, endFDs := usage()
-	t.Logf("%d killed and started; %d -> %d descriptors, %d -> %d KiB", rounds, fds, endFDs, kib, endKiB)
-	// Sampling opens some for a moment.
-	if endFDs > fds+12 {
-		t.Errorf("descriptors grew from %d to %d", fds, endFDs)
-	}
-	if kib > 0 && endKiB > kib+32<<10 {
-		t.Errorf("memory grew from %d to %d KiB", kib, endKiB)
-	}
-	if err := w.cmd.Process.Signal(unix.SIGINT); err != nil {
-		t.Fatal(err)
-	}
-	for w.lines.Scan() {
-	}
-	if err := w.cmd.Wait(); err != nil {
-		t.Errorf("interrupted: %v %s", err, w.err.String())
-	}
-	for _, v := range vms {
-		noTrace(t, v)
-	}
 }
 
 // TestTopUsage: what makes no sense is refused.
