@@ -7,6 +7,7 @@ import (
 	"runtime"
 	"time"
 
+	"github.com/ckagent/ckagent/agent/affinity"
 	"github.com/ckagent/ckagent/agent/capture/faultserver"
 	"github.com/ckagent/ckagent/agent/capture/source"
 	"github.com/ckagent/ckagent/agent/problem"
@@ -26,16 +27,12 @@ func startCOW(s *session, control *os.File) (*cow, error) {
 	scans := max(1, min(4, runtime.NumCPU()/2))
 	pages := int(s.o.ArenaBytes / source.PageBytes)
 	scanPages := min(scanRingBytes/source.PageBytes, pages/3/scans)
-	var vcpus []int
-	for _, c := range s.target.VCPUs {
-		vcpus = append(vcpus, c.TID)
-	}
 	srv, err := faultserver.New(faultserver.Start{
 		Self: s.o.Helper[0], Args: append(s.o.Helper[1:len(s.o.Helper):len(s.o.Helper)], FaultServerVerb),
 		Control:        control,
 		FaultRingPages: (pages - scans*scanPages) / faults, ScanRingPages: scanPages,
 		Config: faultserver.Config{
-			QEMUPID: s.target.Process.PID, VCPUs: vcpus, Blocks: s.blocks,
+			QEMUPID: s.target.Process.PID, VCPUs: s.vcpus(), Blocks: s.blocks,
 			FaultThreads: faults, ScanThreads: scans,
 			// A fault waits for room at most this long; the way there and back
 			// needs the rest of the budget.
@@ -58,6 +55,14 @@ const (
 	collapseBudget = 2 * time.Second
 )
 
+// vcpus are the VM's vCPUs by their thread ids.
+func (s *session) vcpus() (tids []int) {
+	for _, c := range s.target.VCPUs {
+		tids = append(tids, c.TID)
+	}
+	return tids
+}
+
 // prearm takes the userfaultfd and arms RAM while the guest runs.
 func (c *cow) prearm(ctx context.Context, s *session) error {
 	if err := c.srv.Ready(ctx); err != nil {
@@ -73,7 +78,7 @@ func (c *cow) prearm(ctx context.Context, s *session) error {
 func (c *cow) finish(ctx context.Context, s *session) error {
 	ctx, cancel := context.WithCancel(ctx)
 	defer cancel()
-	c.d = &drainer{w: s.writer}
+	c.d = &drainer{w: s.writer, vcpus: affinity.Of(s.vcpus())}
 	drained := make(chan error, 1)
 	go func() { // joined below
 		err := c.d.run(ctx, c.srv.Arena())

@@ -9,13 +9,15 @@ import (
 	"golang.org/x/sync/errgroup"
 	"golang.org/x/sys/unix"
 
+	"github.com/ckagent/ckagent/agent/affinity"
 	"github.com/ckagent/ckagent/agent/capture/arena"
 	"github.com/ckagent/ckagent/agent/image"
 )
 
 // drainer moves captured pages from an arena to an image, one goroutine per ring.
 type drainer struct {
-	w *image.Writer
+	w     *image.Writer
+	vcpus affinity.VCPUs // to stay away from
 
 	mu  sync.Mutex
 	hot image.HotRuns // what the guest wrote first, in that order
@@ -39,7 +41,9 @@ func (d *drainer) ring(ctx context.Context, r *arena.Ring) error {
 	// The guest comes first. The thread ends with us, and its priority with it.
 	runtime.LockOSThread()
 	_ = unix.Setpriority(unix.PRIO_PROCESS, unix.Gettid(), drainNice) // a preference, not a need
+	thread := d.vcpus.Thread()
 	for ctx.Err() == nil {
+		thread.Keep()
 		rec, ok, done, err := r.Next(drainPoll)
 		if err != nil || done {
 			return err

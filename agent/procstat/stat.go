@@ -15,15 +15,17 @@ type Stat struct {
 	State      byte   // R S D T t Z X I: of the first thread, which may end before the others
 	Flags      uint64 // PF_* of include/linux/sched.h
 	StartTicks uint64 // clock ticks since boot
+	Processor  int    // that the first thread runs on or ran on last
 }
 
 // Fields as numbered in proc(5), as indices of what follows the name.
 const (
-	stateField = 3 - firstField
-	ppidField  = 4 - firstField
-	flagsField = 9 - firstField
-	startField = 22 - firstField
-	firstField = 3
+	stateField     = 3 - firstField
+	ppidField      = 4 - firstField
+	flagsField     = 9 - firstField
+	startField     = 22 - firstField
+	processorField = 39 - firstField
+	firstField     = 3
 )
 
 const pfExiting = 0x4
@@ -37,7 +39,7 @@ func (s Stat) Exiting() bool { return s.Ended() || s.Flags&pfExiting != 0 }
 // Stopped reports whether a signal or a tracer stopped the first thread.
 func (s Stat) Stopped() bool { return s.State == 'T' || s.State == 't' }
 
-// Read reads the entry of a process.
+// Read reads the entry of a process, or of a thread by its own id.
 func Read(pid int) (Stat, error) {
 	path := "/proc/" + strconv.Itoa(pid) + "/stat"
 	b, err := os.ReadFile(path)
@@ -63,8 +65,8 @@ func Parse(b []byte) (Stat, error) {
 	}
 	s := Stat{Comm: string(b[open+1 : closed])}
 	f := strings.Fields(string(b[closed+1:]))
-	if len(f) <= startField || len(f[stateField]) != 1 {
-		return malformed("start time")
+	if len(f) <= processorField || len(f[stateField]) != 1 {
+		return malformed("processor")
 	}
 	s.State = f[stateField][0]
 	var err error
@@ -79,6 +81,9 @@ func Parse(b []byte) (Stat, error) {
 	}
 	if s.StartTicks, err = strconv.ParseUint(f[startField], 10, 64); err != nil {
 		return malformed("start time")
+	}
+	if s.Processor, err = strconv.Atoi(f[processorField]); err != nil {
+		return malformed("processor")
 	}
 	return s, nil
 }

@@ -11,11 +11,11 @@ import (
 )
 
 func TestParse(t *testing.T) {
-	got, err := Parse([]byte("42 (evil) (name)) S 1 42 42 0 -1 4194560 1 2 3 4 5 6 7 8 20 0 1 0 987654321 1 2 3"))
+	got, err := Parse([]byte("42 (evil) (name)) S 1 42 42 0 -1 4194560 1 2 3 4 5 6 7 8 20 0 1 0 987654321 1 2 3 0 0 0 0 0 0 0 0 0 0 0 0 17 5 0"))
 	if err != nil {
 		t.Fatal(err)
 	}
-	if want := (Stat{PID: 42, PPID: 1, Comm: "evil) (name)", State: 'S', Flags: 4194560, StartTicks: 987654321}); got != want {
+	if want := (Stat{PID: 42, PPID: 1, Comm: "evil) (name)", State: 'S', Flags: 4194560, StartTicks: 987654321, Processor: 5}); got != want {
 		t.Errorf("got %+v, want %+v", got, want)
 	}
 	for _, bad := range []string{"", "1", "1 (a) S 1", "x (a) S 1 42 42 0 -1 0 1 2 3 4 5 6 7 8 20 0 1 0 9", ")("} {

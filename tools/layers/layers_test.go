@@ -21,7 +21,7 @@ const module = "github.com/ckagent/ckagent/"
 // lower layers, from its own folder's subfolders, and never upwards.
 var layers = [][]string{
 	{"uffd", "bpf", "agent/problem", "agent/cgroup", "agent/heartbeat", "agent/procstat", "agent/controller"},
-	{"agent/cmdline", "agent/image", "agent/libvirt", "agent/api", "plugins/policy"},
+	{"agent/affinity", "agent/cmdline", "agent/image", "agent/libvirt", "agent/api", "plugins/policy"},
 	{"agent/qmp", "agent/guestagent", "agent/vm/vmstate", "agent/vm/ramstream", "agent/vm/inject", "agent/doctor", "agent/capture/arena", "agent/capture/source"},
 	{"agent/vm", "agent/store"},
 	{"agent/guardian", "agent/capture/faultserver", "agent/signals", "agent/export", "agent/ingest"},

@@ -9,6 +9,7 @@ import (
 
 	"golang.org/x/sys/unix"
 
+	"github.com/ckagent/ckagent/agent/affinity"
 	"github.com/ckagent/ckagent/agent/capture/arena"
 	"github.com/ckagent/ckagent/agent/capture/source"
 	"github.com/ckagent/ckagent/agent/heartbeat"
@@ -30,8 +31,9 @@ type scanner struct {
 	pages uint64
 	runs  []source.Run
 
-	tid    atomic.Int32 // of its thread, while it runs
-	urgent atomic.Bool  // a fault thread has put it before all others
+	thread *affinity.Thread // of its own
+	tid    atomic.Int32     // of its thread, while it runs
+	urgent atomic.Bool      // a fault thread has put it before all others
 }
 
 // run first captures what was hot before the freeze, because the guest will
@@ -39,6 +41,7 @@ type scanner struct {
 func (c *scanner) run() {
 	runtime.LockOSThread() // the thread ends with us, and its priority with it
 	background()
+	c.thread = affinity.Of(c.s.cfg.VCPUs).Thread()
 	c.tid.Store(int32(unix.Gettid()))
 	defer c.tid.Store(0)
 	defer func() { atomic.AddUint64(&c.s.stats.ScanPages, c.pages) }()
@@ -124,6 +127,7 @@ func (c *scanner) content(block int, t *pageTable, w, end int) (masks [windowWor
 // reserve waits for room in the ring. Nothing is claimed meanwhile, so the guest
 // never waits for the store through a scanner.
 func (c *scanner) reserve(pages int) ([]byte, bool) {
+	c.thread.Keep()
 	for phase(c.s.phase.Load()) == capturing && c.s.failedWith() == nil {
 		if data, ok := c.ring.Reserve(pages, reserveWait); ok {
 			return data, true
