@@ -7,6 +7,7 @@ import (
 
 	"github.com/google/go-cmp/cmp"
 
+	"github.com/ckagent/ckagent/agent/cmdline"
 	"github.com/ckagent/ckagent/agent/problem"
 )
 
@@ -38,6 +39,26 @@ func TestReadCommandLine(t *testing.T) {
 	for _, argv := range [][]string{nil, {"qemu"}, {"qemu", "-m"}} {
 		if _, err := ReadCommandLine(argv); !problem.Is(err, problem.Usage) {
 			t.Errorf("%q: %v", argv, err)
+		}
+	}
+}
+
+func TestAccelerators(t *testing.T) {
+	for args, want := range map[string]string{
+		"":                                   "",
+		"-accel kvm -machine q35":            "",
+		"-machine q35,accel=tcg":             "tcg",
+		"-machine pc,accel=kvm:tcg":          "tcg",
+		"-accel kvm -accel tcg,thread=multi": "tcg",
+		"-M pc,accel=xen:tcg":                "xen tcg",
+		"-accel qtest -accel tcg":            "qtest tcg",
+	} {
+		opts, err := cmdline.Parse(strings.Fields(args))
+		if err != nil {
+			t.Fatal(err)
+		}
+		if got := strings.Join(accelerators(opts), " "); got != want {
+			t.Errorf("%q: %q, want %q", args, got, want)
 		}
 	}
 }

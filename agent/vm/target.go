@@ -5,6 +5,7 @@ import (
 	"errors"
 	"fmt"
 	"os"
+	"slices"
 	"strconv"
 	"strings"
 
@@ -155,8 +156,10 @@ func (t *Target) identify(ctx context.Context) error {
 	return nil
 }
 
-// accelerator tells which one runs the vCPUs. QMP answers for KVM only; TCG shows
-// itself by having a translation buffer.
+// accelerator tells which one runs the vCPUs. QMP answers for KVM only; what else it
+// may be says the command line. Only if that leaves a choice QEMU is asked for its
+// translation buffer, which TCG alone has: the answer takes a walk over all of the
+// buffer, 5 ms in which no vCPU may touch a device.
 func (t *Target) accelerator(ctx context.Context) (string, error) {
 	var kvm struct {
 		Enabled bool `json:"enabled"`
@@ -167,6 +170,13 @@ func (t *Target) accelerator(ctx context.Context) (string, error) {
 	if kvm.Enabled {
 		return "kvm", nil
 	}
+	others := accelerators(t.Options)
+	switch len(others) {
+	case 0:
+		return "tcg", nil // QEMU's own choice where KVM is not
+	case 1:
+		return others[0], nil
+	}
 	text, err := t.QMP.HMP(ctx, "info jit")
 	if err != nil {
 		return "", err
@@ -174,13 +184,28 @@ func (t *Target) accelerator(ctx context.Context) (string, error) {
 	if strings.Contains(text, "Translation buffer state") {
 		return "tcg", nil
 	}
-	for _, o := range t.Options {
-		if o.Name == "accel" {
-			name, _, _ := strings.Cut(o.Value, ",")
-			return name, nil
+	return others[0], nil
+}
+
+// accelerators are those but KVM that a command line allows, in its order of
+// preference.
+func accelerators(opts []cmdline.Option) (names []string) {
+	for _, o := range opts {
+		if o.Name != "accel" && o.Name != "machine" && o.Name != "M" {
+			continue
+		}
+		kv, err := o.KeyVal()
+		if err != nil {
+			continue
+		}
+		list, _ := kv.Get("accel")
+		for name := range strings.SplitSeq(list, ":") {
+			if name != "" && name != "kvm" && !slices.Contains(names, name) {
+				names = append(names, name)
+			}
 		}
 	}
-	return "unknown", nil
+	return names
 }
 
 // ReadVCPUs asks for the vCPUs and where they run. Thread ids are as QEMU sees
