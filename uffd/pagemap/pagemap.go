@@ -88,6 +88,11 @@ func (p *Pagemap) Scan(start, end uint64, q Query, out []Region) (n int, next ui
 	return n, next, nil
 }
 
+// scanStep is how much is scanned in one call. A call holds the lock of the address
+// space, some 10 ms per GiB of small pages, and whoever wants to change a mapping
+// meanwhile makes every page fault wait behind it. A power of two.
+const scanStep = 64 << 20
+
 // ScanAll calls yield for every region of [start, end) that matches q, in
 // ascending order, resuming as often as needed. buf is the working space (at
 // least one region). q.MaxPages bounds each step, not the whole. It stops when
@@ -96,20 +101,29 @@ func (p *Pagemap) ScanAll(start, end uint64, q Query, buf []Region, yield func(R
 	if len(buf) == 0 {
 		return errors.New("pagemap scan: no buffer")
 	}
+	var last Region // found, and not yielded yet: it may go on in the next step
 	for start < end {
-		n, next, err := p.Scan(start, end, q, buf)
+		n, next, err := p.Scan(start, min(start&^(scanStep-1)+scanStep, end), q, buf)
 		if err != nil {
 			return err
 		}
 		for _, r := range buf[:n] {
-			if !yield(r) {
+			switch {
+			case last.End == r.Start && last.Categories == r.Categories && last.End != 0:
+				last.End = r.End
+				continue
+			case last.End != 0 && !yield(last):
 				return nil
 			}
+			last = r
 		}
 		if next <= start {
 			return fmt.Errorf("pagemap scan of pid %d: no progress at %#x", p.pid, start)
 		}
 		start = next
+	}
+	if last.End != 0 {
+		yield(last)
 	}
 	return nil
 }

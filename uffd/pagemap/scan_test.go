@@ -138,6 +138,34 @@ func TestQueries(t *testing.T) {
 	}
 }
 
+// TestARegionOfManySteps: what is found in several calls is one region, and what lies
+// between two regions is in neither.
+func TestARegionOfManySteps(t *testing.T) {
+	const length = 2*scanStep + scanStep/2
+	r := newRegion(t, anon, length)
+	r.needScan()
+	r.populate()
+	hole := int(scanStep - r.start%scanStep - PageBytes) // the last page before a step's end
+	r.madvise(hole, PageBytes, unix.MADV_DONTNEED)
+	var seen []Region
+	var buf [3]Region
+	err := r.pm.ScanAll(r.start, r.end, Query{Mask: IsPresent, Return: IsPresent}, buf[:], func(x Region) bool {
+		seen = append(seen, x)
+		return true
+	})
+	at := r.start + uint64(hole)
+	if err != nil || len(seen) != 2 || seen[0].Start != r.start || seen[0].End != at || seen[1].Start != at+PageBytes || seen[1].End != r.end {
+		t.Fatal(seen, err)
+	}
+	calls := 0
+	if err := r.pm.ScanAll(r.start, r.end, Query{Mask: IsPresent, Return: IsPresent}, buf[:], func(Region) bool {
+		calls++
+		return false
+	}); err != nil || calls != 1 {
+		t.Fatal(calls, err)
+	}
+}
+
 // TestOldKernel: with a descriptor on which PAGEMAP_SCAN is not known, the
 // helpers answer from the entries, as they do before 6.7.
 func TestOldKernel(t *testing.T) {
