@@ -8,7 +8,7 @@ VERSION  ?= $(shell git describe --tags --always --dirty 2>/dev/null || echo dev
 LDFLAGS  := -s -w -X main.version=$(VERSION)
 
 
-.PHONY: build install test demo bench torture lint generate deps clean
+.PHONY: build install test demo bench torture fuzz lint generate deps clean
 
 build: deps
 	$(GO) build -trimpath -ldflags '$(LDFLAGS)' -o bin/ ./cmd/...
@@ -32,6 +32,9 @@ bench: build
 
 torture: build
 	.ci/torture
+
+fuzz: deps
+	.ci/fuzz
 
 lint: deps
 	@test -z "$$(gofmt -l agent bpf cmd plugins restore tools uffd 2>/dev/null)" || { gofmt -l agent bpf cmd plugins restore tools uffd; exit 1; }
