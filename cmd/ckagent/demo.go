@@ -90,7 +90,7 @@ func (d *demo) tell(ctx context.Context, run string) (err error) {
 	}()
 	pid := vm.Process.Pid
 	d.say("QEMU runs as pid %d, an ordinary command line, nothing prepared; waiting for the guest ...", pid)
-	before, err := d.waitWork(ctx, work{})
+	before, err := d.waitWork(ctx, work{}.newer)
 	if err != nil {
 		return err
 	}
@@ -116,7 +116,7 @@ func (d *demo) tell(ctx context.Context, run string) (err error) {
 			m.ID, m.Mode, durationText(time.Duration(m.Stats.PauseNS)), durationText(time.Duration(m.Stats.DeviceStateNS)),
 			sizeText(m.Stats.StoredBytes), durationText(time.Duration(m.Stats.TotalNS)), m.Stats.CapturedPages, res.Capture.Faults)
 	}
-	after, err := d.waitWork(ctx, d.work())
+	after, err := d.waitWork(ctx, d.work().newer)
 	if err != nil {
 		return err
 	}
@@ -133,6 +133,10 @@ func (d *demo) tell(ctx context.Context, run string) (err error) {
 	return d.bringBack(ctx, st, after)
 }
 
+// sweepPages is how many pages a second the guest has to verify to go through so much
+// memory in about three seconds.
+func sweepPages(mib int) int { return mib * 256 / 3 }
+
 // boot starts an ordinary QEMU.
 func (d *demo) boot(img guest.Image, run string) (*exec.Cmd, error) {
 	log, err := os.Create(filepath.Join(run, "qemu.log"))
@@ -142,7 +146,7 @@ func (d *demo) boot(img guest.Image, run string) (*exec.Cmd, error) {
 	defer log.Close()
 	c := exec.Command(d.o.qemu, "-name", "demo", "-machine", "q35,accel=tcg", "-m", strconv.Itoa(d.o.memory)+"M",
 		"-nodefaults", "-no-user-config", "-display", "none", "-kernel", img.Kernel, "-initrd", img.Initrd,
-		"-append", fmt.Sprintf("%s GD_WS=%d GD_RATE=%d", guest.KernelArgs, d.o.memory/2, d.o.rate),
+		"-append", fmt.Sprintf("%s GD_WS=%d GD_RATE=%d GD_SWEEP=%d", guest.KernelArgs, d.o.memory/2, d.o.rate, sweepPages(d.o.memory/2)),
 		"-device", "virtio-rng-pci", "-netdev", "user,id=n0", "-device", "virtio-net-pci,netdev=n0,romfile=",
 		"-chardev", "file,id=s0,append=on,path="+d.serial, "-serial", "chardev:s0",
 		"-qmp", "unix:"+filepath.Join(run, "qmp")+",server=on,wait=off")
@@ -174,19 +178,25 @@ func (d *demo) bringBack(ctx context.Context, st *store.Store, last work) error 
 	}
 	d.say("restored from %s: QEMU up after %s, the guest ran %s later, with its memory still on disk", res.ID,
 		durationText(time.Duration(res.ReadyNS)), durationText(time.Duration(res.ResumeNS)))
-	first, err := d.waitWork(ctx, work{})
+	first, err := d.waitWork(ctx, work{}.newer)
 	if err != nil {
 		return err
 	}
-	next, err := d.waitWork(ctx, first)
+	next, err := d.waitWork(ctx, first.newer)
 	if err != nil {
 		return err
 	}
 	d.say("the guest carries on where the checkpoint was: %s", next)
-	if next.bad != 0 {
-		return problem.New(problem.Integrity, "demo", "guest", "%d pages are not what the guest wrote", next.bad)
+	// The sweep that was under way began before the checkpoint; the one after it
+	// looks at every page in the restored memory.
+	all, err := d.waitWork(ctx, func(w work) bool { return w.sweeps >= first.sweeps+2 || w.bad != 0 })
+	if err != nil {
+		return err
 	}
-	d.say("no page is wrong. The end.")
+	if all.bad != 0 {
+		return problem.New(problem.Integrity, "demo", "guest", "%d pages are not what the guest wrote", all.bad)
+	}
+	d.say("it has gone through all of its memory since: %s. The end.", all)
 	return nil
 }
 
@@ -214,13 +224,16 @@ func endRestored(res *restore.Result) {
 }
 
 // work is what the guest said last about its work.
-type work struct{ writes, bad, sweeps uint64 }
+type work struct{ writes, bad, verified, sweeps uint64 }
 
 func (w work) String() string {
-	return fmt.Sprintf("%d pages written, %d times all verified, %d wrong", w.writes, w.sweeps, w.bad)
+	return fmt.Sprintf("%d pages written, %d verified, %d wrong", w.writes, w.verified, w.bad)
 }
 
-var workLine = regexp.MustCompile(`(?m)^WS w=(\d+) bad=(\d+) .*?sweeps=(\d+)`)
+// newer reports whether the guest has written more by the time of n.
+func (w work) newer(n work) bool { return n.writes > w.writes }
+
+var workLine = regexp.MustCompile(`(?m)^WS w=(\d+) bad=(\d+) .*?v=(\d+) sweeps=(\d+)`)
 
 // work reads the guest's last report; zero if there is none.
 func (d *demo) work() (w work) {
@@ -233,21 +246,21 @@ func (d *demo) work() (w work) {
 		return w
 	}
 	last := all[len(all)-1]
-	for i, v := range []*uint64{&w.writes, &w.bad, &w.sweeps} {
+	for i, v := range []*uint64{&w.writes, &w.bad, &w.verified, &w.sweeps} {
 		*v, _ = strconv.ParseUint(string(last[i+1]), 10, 64) // digits, by the expression
 	}
 	return w
 }
 
-// waitWork waits until the guest has done more than that.
-func (d *demo) waitWork(ctx context.Context, than work) (work, error) {
+// waitWork waits for a report of the guest that is enough.
+func (d *demo) waitWork(ctx context.Context, enough func(work) bool) (work, error) {
 	const patience = 2 * time.Minute
 	ctx, cancel := context.WithTimeout(ctx, patience)
 	defer cancel()
 	tick := time.NewTicker(50 * time.Millisecond)
 	defer tick.Stop()
 	for {
-		if w := d.work(); w.writes > than.writes {
+		if w := d.work(); enough(w) {
 			return w, nil
 		}
 		select {
