@@ -9,6 +9,7 @@ import (
 	"time"
 
 	"github.com/ckagent/ckagent/agent/capture"
+	"github.com/ckagent/ckagent/agent/capture/proving"
 	"github.com/ckagent/ckagent/agent/image"
 	"github.com/ckagent/ckagent/agent/problem"
 	"github.com/ckagent/ckagent/agent/store"
@@ -149,6 +150,9 @@ func (v *VM) Checkpoint(ctx context.Context, st *store.Store, o capture.Options)
 		o.Quiesce = func(ctx context.Context) (func() error, error) {
 			return freeze(ctx, v.target, o.Helper, v.opts.Freeze)
 		}
+	}
+	if o.Proven == nil {
+		o.Proven = proving.Proven(o.Helper)
 	}
 	var res *capture.Result
 	missed, err := v.opts.Hooks.around(ctx, v, func() (id string, err error) {

@@ -88,7 +88,7 @@ type answer struct {
 // Protect makes the protector of a VM that was just attached to, and which it has from
 // then on.
 func (v *VM) Protect(st *store.Store, p Protection) *Protector {
-	gentlest, _, _ := capture.Choose(v.target.Blocks)
+	gentlest, _, _ := capture.Choose(context.Background(), v.target, capture.Options{})
 	return &Protector{v: v, st: st, p: p, machine: v.machine, gentlest: gentlest, inbox: make(chan note, 64),
 		done: make(chan struct{}), orders: map[uint64]*order{}, record: record{since: time.Now()}}
 }

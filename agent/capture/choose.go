@@ -1,7 +1,10 @@
 package capture
 
 import (
+	"context"
+	"errors"
 	"fmt"
+	"slices"
 
 	"github.com/ckagent/ckagent/agent/capture/faultserver"
 	"github.com/ckagent/ckagent/agent/capture/source"
@@ -10,15 +13,57 @@ import (
 )
 
 // Choose says which mode and engine a VM gets by itself, and why not the best.
-func Choose(blocks []vm.RAMBlock) (Mode, Engine, string) {
-	mode, why, err := chooseMode(blocks, Auto, faultserver.Supported())
+func Choose(ctx context.Context, t *vm.Target, o Options) (Mode, Engine, string) {
+	mode, why, err := chooseMode(t.Blocks, Auto, faultserver.Supported())
 	switch {
 	case err != nil:
 		return Stop, EngineNone, err.Error()
-	case mode == COW:
-		return COW, EngineUffd, ""
+	case mode != COW:
+		return mode, EngineNone, why
 	}
-	return mode, EngineNone, why
+	engine, why, err := chooseEngine(ctx, t, EngineAuto, o.Proven)
+	if err != nil {
+		return Stop, EngineNone, err.Error()
+	}
+	return COW, engine, why
+}
+
+// chooseEngine settles auto, and refuses an engine that was not proved on this host.
+// why tells what keeps auto from engine bpf.
+func chooseEngine(ctx context.Context, t *vm.Target, asked Engine, proven func(context.Context, string, source.Kind) error) (engine Engine, why string, err error) {
+	if asked == EngineUffd {
+		return EngineUffd, "", nil
+	}
+	lacks := errors.New("engine bpf was not tested on this host")
+	if proven != nil {
+		lacks = nil
+		for _, kind := range kindsOf(t.Blocks) {
+			if lacks = proven(ctx, t.Accel, kind); lacks != nil {
+				break
+			}
+		}
+	}
+	switch {
+	case ctx.Err() != nil:
+		return "", "", problem.New(problem.Cancelled, "checkpoint", "", "%w", ctx.Err())
+	case lacks == nil:
+		return EngineBPF, "", nil
+	case asked == EngineBPF:
+		return "", "", problem.New(problem.Refused, "checkpoint", "", "engine bpf: %w", lacks).
+			WithHint("use engine uffd, or auto, which takes bpf where it was proved; ckagent doctor shows what was")
+	}
+	return EngineUffd, lacks.Error(), nil
+}
+
+// kindsOf are the kinds of RAM among the blocks.
+func kindsOf(blocks []vm.RAMBlock) []source.Kind {
+	var out []source.Kind
+	for i := range blocks {
+		if k := sourceBlock(&blocks[i]).Kind; !slices.Contains(out, k) {
+			out = append(out, k)
+		}
+	}
+	return out
 }
 
 // chooseMode settles auto, and refuses a mode that the VM's RAM or the kernel

@@ -11,6 +11,8 @@ import (
 	"github.com/ckagent/ckagent/agent/capture/faultserver"
 	"github.com/ckagent/ckagent/agent/capture/source"
 	"github.com/ckagent/ckagent/agent/problem"
+	"github.com/ckagent/ckagent/agent/procstat"
+	"github.com/ckagent/ckagent/agent/vm"
 )
 
 // cow is one copy-on-write capture.
@@ -24,6 +26,9 @@ func startCOW(s *session, control *os.File) (*cow, error) {
 	// Every fault wakes all fault threads. A second one pays only where there are
 	// processors to spare.
 	faults := max(1, min(2, len(s.target.VCPUs), runtime.NumCPU()/4))
+	if s.engine == EngineBPF {
+		faults = 1
+	}
 	scans := max(1, min(4, runtime.NumCPU()/2))
 	pages := int(s.o.ArenaBytes / source.PageBytes)
 	scanPages := min(scanRingBytes/source.PageBytes, pages/3/scans)
@@ -38,6 +43,8 @@ func startCOW(s *session, control *os.File) (*cow, error) {
 			// needs the rest of the budget.
 			MaxStall:    s.o.MaxStall * 3 / 4,
 			FaultAround: faultAround, HugeAround: true, Collapse: collapseBudget,
+			Engine: faultserver.Engine(s.engine), RingBytes: kernelRingBytes, Throttle: s.mayThrottle(),
+			Guest: guestRanges(s.target), Escaped: s.escaped,
 		},
 	})
 	if err != nil {
@@ -53,6 +60,9 @@ const (
 	scanRingBytes  = 4 << 20
 	faultAround    = 16
 	collapseBudget = 2 * time.Second
+	// kernelRingBytes is what the guest may write between two looks at the ring: 8,000
+	// pages.
+	kernelRingBytes = 32 << 20
 )
 
 // vcpus are the VM's vCPUs by their thread ids.
@@ -61,6 +71,28 @@ func (s *session) vcpus() (tids []int) {
 		tids = append(tids, c.TID)
 	}
 	return tids
+}
+
+// mayThrottle reports whether a guest that writes faster than the store takes may be
+// stopped by a signal for a moment. Not where a shell waits for QEMU: it would take a
+// stopped job for one that was put into the background.
+func (s *session) mayThrottle() bool {
+	st, err := procstat.Read(s.target.Process.PID)
+	return s.engine == EngineBPF && err == nil && st.Terminal == 0
+}
+
+// guestRanges says where a guest of KVM finds its memory.
+func guestRanges(t *vm.Target) []faultserver.GuestRange {
+	if t.Accel != "kvm" {
+		return nil
+	}
+	var out []faultserver.GuestRange
+	for i := range t.Blocks {
+		for _, r := range t.Blocks[i].Ranges {
+			out = append(out, faultserver.GuestRange{Start: r.GPA, Bytes: r.Bytes, Host: t.Blocks[i].HVA + r.Offset})
+		}
+	}
+	return out
 }
 
 // prearm takes the userfaultfd and arms RAM while the guest runs.

@@ -46,13 +46,9 @@ func sourceBlock(b *vm.RAMBlock) source.Block {
 }
 
 func (s *session) manifest(sum image.Summary, hot image.HotRuns, disks []image.Disk, total time.Duration) *image.Manifest {
-	engine := EngineNone
-	if s.mode == COW {
-		engine = EngineUffd
-	}
 	m := &image.Manifest{
 		VM: s.sub.Name, CreatedAt: s.res.Timing.At,
-		Mode: string(s.mode), Engine: string(engine),
+		Mode: string(s.mode), Engine: string(s.engine),
 		QEMU: s.sub.QEMU, Machine: s.sub.Machine, Hot: hot, Disks: disks,
 	}
 	// Whether the guest ran is known only now: somebody may have paused it since

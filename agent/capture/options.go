@@ -5,6 +5,7 @@ import (
 	"fmt"
 	"time"
 
+	"github.com/ckagent/ckagent/agent/capture/source"
 	"github.com/ckagent/ckagent/agent/problem"
 )
 
@@ -23,7 +24,8 @@ type Engine string
 
 const (
 	EngineAuto Engine = "auto" // the best one proven on this host
-	EngineUffd Engine = "uffd" // userfaultfd write protection
+	EngineUffd Engine = "uffd" // userfaultfd write protection: the guest's writes wait for a copy
+	EngineBPF  Engine = "bpf"  // the kernel copies pages before they are written
 	EngineNone Engine = "none" // recorded for modes that need none
 )
 
@@ -64,6 +66,11 @@ type Options struct {
 	// Helper is the command line that starts a helper process of ours: the verb
 	// is appended. Default: this very binary.
 	Helper []string
+
+	// Proven, if not nil, says whether engine bpf was proved on this host for an
+	// accelerator and a kind of RAM: nil, or why not. It may take a second. Default:
+	// nothing is proved.
+	Proven func(ctx context.Context, accel string, ram source.Kind) error
 
 	// Quiesce, if not nil, brings the guest to rest just before the pause, such as
 	// by freezing its file systems. What it returns is called when the guest runs
@@ -127,12 +134,9 @@ func (o Options) withDefaults() (Options, error) {
 		return o, usage("disks %q: want backup, snapshot or none", o.Disks)
 	}
 	switch o.Engine {
-	case EngineAuto, EngineUffd:
-	case "bpf":
-		return o, problem.New(problem.Refused, "checkpoint", "", "engine %q is not in this version", o.Engine).
-			WithHint("use uffd")
+	case EngineAuto, EngineUffd, EngineBPF:
 	default:
-		return o, usage("engine %q: want auto or uffd", o.Engine)
+		return o, usage("engine %q: want auto, uffd or bpf", o.Engine)
 	}
 	if o.MaxStall < time.Millisecond || o.MaxStall > 10*time.Second {
 		return o, usage("longest stall %v: want 1ms to 10s", o.MaxStall)

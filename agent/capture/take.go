@@ -65,29 +65,25 @@ func Take(ctx context.Context, sub Subject, st *store.Store, o Options) (*Result
 	if why != "" {
 		o.tell("mode", 0, "%s: %s", mode, why)
 	}
+	engine := EngineNone
+	if mode == COW {
+		if engine, why, err = chooseEngine(ctx, sub.Target, o.Engine, o.Proven); err != nil {
+			return nil, err
+		}
+		if why != "" {
+			o.tell("engine", 0, "%s: %s", engine, why)
+			why = ""
+		}
+	}
 	res := &Result{PID: sub.Target.Process.PID, Reason: why}
-	for modes := attempts(mode, o.Mode); ; modes = modes[1:] {
+	for p := newPlan(mode, engine, o.Mode); ; {
 		res.Capture, res.Timing = faultserver.Stats{}, Timing{} // of this attempt alone
-		s := &session{sub: sub, target: sub.Target, o: o, mode: modes[0], store: st, res: res,
+		s := &session{sub: sub, target: sub.Target, o: o, attempt: p.attempts[0], store: st, res: res,
 			object: fmt.Sprintf("VM %s (pid %d)", sub.Name, sub.Target.Process.PID)}
 		if err = s.take(ctx); err == nil {
 			return res, nil
 		}
-		failure := faultserver.FailureOf(err)
-		switch {
-		case failure == faultserver.Unproven:
-		case modes[0] == Buffer && problem.Is(err, problem.Refused): // more RAM than memory for it
-		case failure == faultserver.Unsupported: // and will not be at the next try either
-			for len(modes) > 1 && modes[1] == COW {
-				modes = modes[1:]
-			}
-			if o.Mode == COW {
-				modes = modes[:1]
-			}
-		default:
-			modes = modes[:1]
-		}
-		if len(modes) == 1 {
+		if !p.next(err) {
 			break
 		}
 		res.Retaken = append(res.Retaken, err.Error())
@@ -96,25 +92,12 @@ func Take(ctx context.Context, sub Subject, st *store.Store, o Options) (*Result
 	return nil, sub.Target.Process.Explain(err)
 }
 
-// attempts lists the modes to try in turn. A capture that cannot be proved is
-// discarded; a second try meets a quieter guest, and the last one needs no proof,
-// because the guest stands still.
-func attempts(mode, asked Mode) []Mode {
-	if mode != COW {
-		return []Mode{mode}
-	}
-	if asked == COW {
-		return []Mode{COW, COW, Buffer}
-	}
-	return []Mode{COW, COW, Buffer, Stop}
-}
-
 // session is one attempt.
 type session struct {
 	sub    Subject
 	target *vm.Target
 	o      Options
-	mode   Mode
+	attempt
 	store  *store.Store
 	object string
 	res    *Result
@@ -271,6 +254,9 @@ func (s *session) capture(ctx context.Context) (hot image.HotRuns, err error) {
 		}
 		s.o.tell("prearm", time.Since(begin), "RAM is protected, the guest runs")
 		inside = func(ctx context.Context) error {
+			if s.mayThrottle() {
+				w.control.SigStopped.Store(1)
+			}
 			if err := w.cow.srv.Freeze(ctx); err != nil {
 				return s.captureError("freeze RAM", err)
 			}

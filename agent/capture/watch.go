@@ -5,6 +5,8 @@ import (
 	"errors"
 	"os"
 
+	"golang.org/x/sys/unix"
+
 	"github.com/ckagent/ckagent/agent/guardian"
 	"github.com/ckagent/ckagent/agent/heartbeat"
 	"github.com/ckagent/ckagent/agent/problem"
@@ -108,6 +110,12 @@ func (w *watch) close(ctx context.Context) error {
 	var errs []error
 	if w.cow != nil {
 		errs = append(errs, w.cow.srv.Close())
+	}
+	if w.control != nil && w.control.SigStopped.Load() != 0 {
+		// The server has done it, unless it died. A process that has ended waits for
+		// nothing.
+		_ = unix.PidfdSendSignal(int(w.s.target.Process.PidFD().Fd()), unix.SIGCONT, nil, 0)
+		w.control.SigStopped.Store(0)
 	}
 	if w.control != nil && (w.control.Stopped.Load() != 0 || w.s.target.QMP.Err() != nil) {
 		// Also where nothing is stopped: a descriptor that QEMU was lent over the

@@ -13,6 +13,7 @@ type Stat struct {
 	PID, PPID  int
 	Comm       string // the name of the first thread, at most 15 bytes of anything
 	State      byte   // R S D T t Z X I: of the first thread, which may end before the others
+	Terminal   int    // device number of its controlling terminal; 0: none
 	Flags      uint64 // PF_* of include/linux/sched.h
 	StartTicks uint64 // clock ticks since boot
 	Processor  int    // that the first thread runs on or ran on last
@@ -22,6 +23,7 @@ type Stat struct {
 const (
 	stateField     = 3 - firstField
 	ppidField      = 4 - firstField
+	ttyField       = 7 - firstField
 	flagsField     = 9 - firstField
 	startField     = 22 - firstField
 	processorField = 39 - firstField
@@ -75,6 +77,9 @@ func Parse(b []byte) (Stat, error) {
 	}
 	if s.PPID, err = strconv.Atoi(f[ppidField]); err != nil {
 		return malformed("parent")
+	}
+	if s.Terminal, err = strconv.Atoi(f[ttyField]); err != nil {
+		return malformed("terminal")
 	}
 	if s.Flags, err = strconv.ParseUint(f[flagsField], 10, 64); err != nil {
 		return malformed("flags")

@@ -11,6 +11,7 @@ import (
 	"github.com/cilium/ebpf/link"
 
 	"github.com/ckagent/ckagent/bpf/load"
+	"github.com/ckagent/ckagent/bpf/mapped"
 )
 
 const (
@@ -102,7 +103,7 @@ type Target struct {
 	c            *Counter
 	pid          uint32
 	bitmap, heat *ebpf.Map
-	bits, warm   *words
+	bits, warm   *mapped.Words
 }
 
 // Track begins to count a process. Ranges are whole pages.
@@ -139,19 +140,19 @@ func (t *Target) makeMaps(pages uint64) (err error) {
 	if has(t.c.objs.Targets, t.pid) {
 		return ErrTracked
 	}
-	make := func(template *ebpf.MapSpec, outer *ebpf.Map, entries uint64) (*ebpf.Map, *words, error) {
+	make := func(template *ebpf.MapSpec, outer *ebpf.Map, entries uint64) (*ebpf.Map, *mapped.Words, error) {
 		s := template.Copy()
 		s.MaxEntries = uint32(entries)
 		m, err := ebpf.NewMap(s)
 		if err != nil {
 			return nil, nil, err
 		}
-		w, err := mapWords(m.FD(), entries)
+		w, err := mapped.MapWords(m.FD(), entries)
 		if err != nil {
 			return nil, nil, errors.Join(err, m.Close())
 		}
 		if err := outer.Update(t.pid, uint32(m.FD()), ebpf.UpdateAny); err != nil {
-			return nil, nil, errors.Join(err, w.unmap(), m.Close())
+			return nil, nil, errors.Join(err, w.Close(), m.Close())
 		}
 		return m, w, nil
 	}
@@ -177,27 +178,21 @@ func (t *Target) Counts() (Counts, error) {
 }
 
 // Words is the number of words of the bitmap.
-func (t *Target) Words() int { return len(t.bits.w) }
+func (t *Target) Words() int { return t.bits.Len() }
 
 // TakeWord reads 64 pages' bits, page 64*i in the lowest, and clears them.
-func (t *Target) TakeWord(i int) uint64 { return t.bits.exchange(i, 0) }
+func (t *Target) TakeWord(i int) uint64 { return t.bits.Exchange(i, 0) }
 
 // Word reads 64 pages' bits.
-func (t *Target) Word(i int) uint64 { return t.bits.load(i) }
+func (t *Target) Word(i int) uint64 { return t.bits.Load(i) }
 
 // Clear takes all bits out, so that every page can count anew.
-func (t *Target) Clear() {
-	for i := range t.bits.w {
-		if t.bits.load(i) != 0 {
-			t.bits.exchange(i, 0)
-		}
-	}
-}
+func (t *Target) Clear() { t.bits.Clear() }
 
 // Heat appends the first writes in each 2 MiB since Track to out.
 func (t *Target) Heat(out []uint64) []uint64 {
-	for i := range t.warm.w {
-		out = append(out, t.warm.load(i))
+	for i := range t.warm.Len() {
+		out = append(out, t.warm.Load(i))
 	}
 	return out
 }
@@ -219,12 +214,12 @@ func (t *Target) drop() error {
 	var errs []error
 	for _, m := range []struct {
 		outer, inner *ebpf.Map
-		w            *words
+		w            *mapped.Words
 	}{{t.c.objs.Bitmaps, t.bitmap, t.bits}, {t.c.objs.Heats, t.heat, t.warm}} {
 		if m.inner == nil {
 			continue
 		}
-		errs = append(errs, m.outer.Delete(t.pid), m.w.unmap(), m.inner.Close())
+		errs = append(errs, m.outer.Delete(t.pid), m.w.Close(), m.inner.Close())
 	}
 	t.bitmap, t.heat = nil, nil
 	return errors.Join(errs...)

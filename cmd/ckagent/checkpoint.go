@@ -41,7 +41,7 @@ func (f *captureFlags) add(c *cobra.Command) {
 	fl.StringVar(&f.name, "name", "", "name of the VM in the store (default: QEMU's -name)")
 	fl.StringVar(&f.qmp, "qmp", "", "address of the QMP monitor (default: found from the process)")
 	fl.StringVar(&f.mode, "mode", "auto", "auto, stop, buffer or cow")
-	fl.StringVar(&f.engine, "engine", "auto", "capture engine of mode cow: auto or uffd")
+	fl.StringVar(&f.engine, "engine", "auto", "capture engine of mode cow: auto, uffd or bpf (the kernel copies pages before they are written)")
 	fl.StringVar(&f.compress, "compress", "none", "none, s2 or zstd")
 	fl.IntVar(&f.keepLast, "keep-last", 4, "delete the VM's checkpoints beyond this many (0: keep all)")
 	fl.Var(&f.minFree, "min-free", "space to leave free in the store")

@@ -8,6 +8,7 @@ import (
 	"github.com/spf13/cobra"
 
 	"github.com/ckagent/ckagent/agent/capture"
+	"github.com/ckagent/ckagent/agent/capture/proving"
 	"github.com/ckagent/ckagent/agent/vm"
 	"github.com/ckagent/ckagent/agent/vm/inject"
 )
@@ -90,7 +91,7 @@ func explain(ctx context.Context, pid int, qmp string) (e *explanation, err erro
 	e = &explanation{Schema: schema("explain"), PID: pid, VM: t.Name, QEMU: t.Version.String(), Machine: t.Machine,
 		Accel: t.Accel, VCPUs: len(t.VCPUs), QMP: t.Endpoint.String(), State: status.State,
 		Refusals: append(append([]vm.Refusal{}, refusals...), m.Refusals...), Changes: m.Changes, Blocks: t.Blocks, Prediction: p}
-	e.Mode, e.Engine, e.Reason = capture.Choose(t.Blocks)
+	e.Mode, e.Engine, e.Reason = capture.Choose(ctx, t, capture.Options{Proven: proving.Proven(nil)})
 	if e.Mode == capture.COW {
 		if err := inject.CanTrace(pid); err != nil {
 			e.Mode, e.Engine, e.Reason = capture.Stop, capture.EngineNone, err.Error()

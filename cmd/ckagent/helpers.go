@@ -8,6 +8,7 @@ import (
 
 	"github.com/ckagent/ckagent/agent/capture"
 	"github.com/ckagent/ckagent/agent/capture/faultserver"
+	"github.com/ckagent/ckagent/agent/capture/proving"
 	"github.com/ckagent/ckagent/agent/guardian"
 	"github.com/ckagent/ckagent/agent/guestagent"
 	"github.com/ckagent/ckagent/agent/problem"
@@ -30,6 +31,8 @@ func helperMain(args []string) (code int, ok bool) {
 		err = faultserver.Main(faultserver.Deps{Take: h.takeUserfaultfd, OpenControl: h.openBeat})
 	case guardian.Verb:
 		err = guardian.Main(ctx, args[1:])
+	case proving.Verb:
+		err = proving.Subject(append(args, "")[1])
 	case guestagent.GuardVerb:
 		err = guestagent.GuardMain(ctx, args[1:])
 	case pager.VerbWorker:

@@ -77,6 +77,12 @@ func (p *Pagemap) allMatch(start, end uint64, q Query, entry func(Entry) bool) (
 	return true, nil
 }
 
+// Armed calls yield for the runs of [start, end) that AllArmed is true of, in
+// ascending order; buf is the working space. Without PAGEMAP_SCAN it is ErrUnsupported.
+func (p *Pagemap) Armed(start, end uint64, buf []Region, yield func(Region) bool) error {
+	return p.ScanAll(start, end, armedQuery, buf, yield)
+}
+
 // AnyWritten reports whether any page of [start, end) is without the
 // write-protect mark: written, discarded or never armed since. See the package
 // comment for what its being false proves.

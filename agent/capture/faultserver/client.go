@@ -201,7 +201,7 @@ func (c *Client) receive(ctx context.Context) error {
 	c.stats = r.Stats
 	if r.Failure != "" {
 		c.over = true
-		return &Error{Failure: r.Failure, Detail: r.Detail}
+		return &Error{Failure: r.Failure, Detail: r.Detail, Escaped: r.Escaped}
 	}
 	return nil
 }

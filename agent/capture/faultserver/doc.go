@@ -4,6 +4,10 @@
 // arena. It does no disk I/O and waits for nobody who does, so that neither a
 // slow store nor a frozen agent can hold up the guest.
 //
+// There are two engines. With the synchronous one the guest's writes wait for a thread
+// of ours; what follows describes it. With the kernel's (type kernelEngine) programs in
+// the kernel copy pages on the way, and nothing waits; it has the same life of a capture.
+//
 // # Life of a capture
 //
 //	idle      -> Prearm: take a userfaultfd from QEMU, register, arm everything

@@ -15,6 +15,7 @@ import (
 // faultThread serves the guest's write faults. It owns one ring.
 type faultThread struct {
 	s    *server
+	e    *syncEngine
 	ring *arena.Ring
 
 	mu sync.Mutex // held while messages are worked on; see freeze
@@ -156,7 +157,7 @@ func (t *faultThread) capture(block int, tab *pageTable, page uint64) {
 	case tab.isDone(page):
 		t.s.unprotect(block, tab, page, 1)
 	default:
-		t.s.hurry()
+		t.e.hurry()
 	}
 	t.lastBlock, t.lastEnd = block, page+1
 }

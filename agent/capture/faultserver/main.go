@@ -192,12 +192,12 @@ func (l *commandLoop) serve(requests <-chan op) error {
 				err = l.s.prearm(func() (*os.File, error) { return l.take(l.s.cfg.QEMUPID, l.s.cfg.VCPUs) })
 			case o == opRearm && phase(l.s.phase.Load()) == tracking:
 				stepForward() // the guest is about to be stopped
-				err = l.s.shrink()
+				err = l.s.engine.settle()
 			case o == opFreeze && phase(l.s.phase.Load()) == tracking:
 				err = l.s.freeze()
 			case o == opScan && phase(l.s.phase.Load()) == capturing && complete == nil:
 				complete = l.s.complete
-				l.s.scan()
+				l.s.engine.scan()
 				continue // the reply comes when everything is captured
 			case o == opAbort:
 				err = &Error{Failure: Aborted, Detail: "asked to"}
@@ -238,7 +238,7 @@ func send(conn *net.UnixConn, s *server, err error) error {
 	if err != nil {
 		r.Failure, r.Detail = Broken, err.Error()
 		if e, ok := errors.AsType[*Error](err); ok {
-			r.Failure, r.Detail = e.Failure, e.Detail
+			r.Failure, r.Detail, r.Escaped = e.Failure, e.Detail, e.Escaped
 		}
 	}
 	b, err := json.Marshal(r)

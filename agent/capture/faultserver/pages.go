@@ -88,6 +88,29 @@ func (t *pageTable) claimHuge(first uint64) uint64 {
 	return hugePages
 }
 
+// claimRuns claims the pages [first, first+n) and calls won for each run of them that
+// nobody had, until it reports false.
+func (t *pageTable) claimRuns(first, n uint64, won func(first, n uint64) bool) bool {
+	var run, length uint64
+	for at, end := first, first+n; at < end; {
+		off := at % wordPages
+		k := min(end-at, wordPages-off)
+		for got := t.claim(int(at/wordPages), maskOf(off, k)); got != 0; {
+			o, m := lowestRun(got)
+			got &^= maskOf(o, m)
+			if page := at - off + o; page != run+length {
+				if length > 0 && !won(run, length) {
+					return false
+				}
+				run, length = page, 0
+			}
+			length += m
+		}
+		at += k
+	}
+	return length == 0 || won(run, length)
+}
+
 func (t *pageTable) isDone(page uint64) bool {
 	return atomic.LoadUint64(&t.done[page/wordPages])>>(page%wordPages)&1 != 0
 }

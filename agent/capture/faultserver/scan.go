@@ -45,6 +45,12 @@ func (c *scanner) run() {
 	c.tid.Store(int32(unix.Gettid()))
 	defer c.tid.Store(0)
 	defer func() { atomic.AddUint64(&c.s.stats.ScanPages, c.pages) }()
+	c.windows(c.window)
+}
+
+// windows calls do for this scanner's share of the windows, hot ones first, until it
+// reports that there is no use in going on.
+func (c *scanner) windows(do func(block int, t *pageTable, w, end int, hot bool) bool) {
 	n := 0
 	for _, hot := range []bool{true, false} {
 		for b, t := range c.s.tables {
@@ -52,7 +58,7 @@ func (c *scanner) run() {
 				if n++; n%c.s.cfg.ScanThreads != c.id {
 					continue
 				}
-				if !c.window(b, t, w, min(w+windowWords, t.words()), hot) {
+				if !do(b, t, w, min(w+windowWords, t.words()), hot) {
 					return
 				}
 			}
@@ -111,6 +117,11 @@ func (c *scanner) content(block int, t *pageTable, w, end int) (masks [windowWor
 		}
 		return masks, nil
 	}
+	return c.contentNow(block, t, w, end)
+}
+
+// contentNow tells which pages of the words have content now.
+func (c *scanner) contentNow(block int, t *pageTable, w, end int) (masks [windowWords]uint64, err error) {
 	first := uint64(w) * wordPages
 	n := min(uint64(end)*wordPages, t.block.Pages) - first
 	if c.runs, err = c.s.src.Runs(block, first, n, c.runs[:0]); err != nil {

@@ -37,8 +37,8 @@ func setGroupNice(n int) {
 // hurry puts the scanners before everybody until each has finished what it is
 // about: the guest waits for a page that one of them has claimed, and that one may
 // have been sent off its processor in the middle of it.
-func (s *server) hurry() {
-	for _, c := range s.scanners {
+func (e *syncEngine) hurry() {
+	for _, c := range e.scanners {
 		if tid := c.tid.Load(); tid != 0 && !c.urgent.Load() {
 			heartbeat.RealtimeOf(int(tid))
 			// After the deed: what is taken back has been done.

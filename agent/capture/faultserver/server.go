@@ -4,7 +4,6 @@ import (
 	"errors"
 	"fmt"
 	"os"
-	"sync"
 	"sync/atomic"
 	"time"
 
@@ -37,10 +36,7 @@ type server struct {
 	phase  atomic.Uint32
 	h      *uffd.Handle // from prearm on
 	held   bool         // the command loop's: from prearm to release
-	faults []*faultThread
-
-	scanners []*scanner
-	scans    sync.WaitGroup // those that run
+	engine engine
 
 	failure atomic.Pointer[Error]
 	failed  chan struct{} // closed once failure is set
@@ -71,24 +67,25 @@ func newServer(cfg Config, a *arena.Arena) (*server, error) {
 		pages += b.Pages
 	}
 	s.remaining.Store(int64(pages))
-	for i := range cfg.FaultThreads {
-		s.faults = append(s.faults, &faultThread{s: s, ring: a.Ring(i), around: 1})
-	}
-	for i := range cfg.ScanThreads {
-		s.scanners = append(s.scanners, &scanner{s: s, id: i, ring: a.Ring(cfg.FaultThreads + i)})
+	if s.engine, err = newEngine(s); err != nil {
+		return nil, errors.Join(err, src.Close())
 	}
 	return s, nil
 }
 
-// close frees what newServer opened. The scanners have ended.
+// close frees what newServer opened. The engine has stopped.
 func (s *server) close() error {
-	return s.src.Close()
+	return errors.Join(s.engine.close(), s.src.Close())
 }
 
 // fail records the first failure. Threads call it, pinned or not, and go on or end;
 // the command loop lets go.
 func (s *server) fail(f Failure, format string, args ...any) {
-	if s.failure.CompareAndSwap(nil, &Error{Failure: f, Detail: fmt.Sprintf(format, args...)}) {
+	s.failWith(&Error{Failure: f, Detail: fmt.Sprintf(format, args...)})
+}
+
+func (s *server) failWith(e *Error) {
+	if s.failure.CompareAndSwap(nil, e) {
 		close(s.failed)
 	}
 }
@@ -103,20 +100,13 @@ func (s *server) failedWith() error {
 	}
 }
 
-// features are those every capture needs. WP_UNPOPULATED makes absent pages
-// carry the mark, without which a page that appears after the arm could not be
-// told from one that was there.
-const features = uffd.FeaturePagefaultFlagWP | uffd.FeatureWPHugetlbfsShmem | uffd.FeatureWPUnpopulated
-
 const (
 	// Bytes armed or let go of per call. A call neither gives up its processor nor
 	// the address space before it is done, some 20 ms per GiB of small pages on a
 	// quiet host, and a vCPU may have to wait for either. A multiple of the huge
 	// page, so that no mapping is cut within one.
-	lockStep     = 16 << 20
-	enoughRuns   = 32                   // as few dirty runs as this are left for the freeze
-	changeNap    = 5 * time.Microsecond // while an address space changes
-	prearmPasses = 6                    // bound on the passes; a guest that writes faster than we arm never gets there
+	lockStep  = 16 << 20
+	changeNap = 5 * time.Microsecond // while an address space changes
 )
 
 // prearm arms everything while the guest runs. Faults are let through and
@@ -129,7 +119,7 @@ func (s *server) prearm(take func() (*os.File, error)) error {
 		return &Error{Failure: Unsupported, Detail: err.Error()}
 	}
 	s.stats.InjectNS = time.Since(begin).Nanoseconds()
-	h, err := uffd.Adopt(f, features)
+	h, err := uffd.Adopt(f, s.engine.features())
 	if err != nil {
 		return &Error{Failure: Unsupported, Detail: err.Error()}
 	}
@@ -137,11 +127,9 @@ func (s *server) prearm(take func() (*os.File, error)) error {
 		return &Error{Failure: Broken, Detail: errors.Join(err, h.Close()).Error()}
 	}
 	s.h, s.held = h, true
-	// Faults are served before the first page is armed: QEMU's main thread
-	// writes guest RAM too, and it is the one that answers us.
 	s.phase.Store(uint32(tracking))
-	for _, t := range s.faults {
-		go t.run() // ends with the process
+	if err := s.engine.start(); err != nil {
+		return &Error{Failure: Unsupported, Detail: err.Error()}
 	}
 	for _, t := range s.tables {
 		if _, err := h.Register(t.block.HVA, t.block.Pages*pageBytes, uffd.ModeWP); err != nil {
@@ -171,7 +159,7 @@ func (s *server) prearm(take func() (*os.File, error)) error {
 			return &Error{Failure: Broken, Detail: err.Error()}
 		}
 	}
-	err = s.shrink()
+	err = s.engine.settle()
 	s.stats.PrearmNS = time.Since(begin).Nanoseconds()
 	return err
 }
@@ -187,22 +175,6 @@ func inSteps(b source.Block, do func(start, length uint64) error) error {
 		at = next
 	}
 	return nil
-}
-
-// shrink re-arms what was written, while the guest runs, until a pass finds
-// little.
-func (s *server) shrink() error {
-	for range prearmPasses {
-		runs, err := s.rearm()
-		if err != nil {
-			return err
-		}
-		s.stats.PrearmPasses++
-		if runs <= enoughRuns {
-			break
-		}
-	}
-	return s.failedWith()
 }
 
 // noteHuge remembers which huge pages there are.
@@ -245,48 +217,17 @@ func (s *server) notePopulated(block int, t *pageTable) error {
 	return nil
 }
 
-// rearm arms the pages that were written since they were armed.
-func (s *server) rearm() (runs int, err error) {
-	for _, t := range s.tables {
-		n, err := t.takeDirty(func(first, n uint64) error {
-			return s.h.WriteProtect(t.block.HVA+first*pageBytes, n*pageBytes)
-		})
-		if runs += n; err != nil {
-			return runs, &Error{Failure: Broken, Detail: err.Error()}
-		}
-	}
-	return runs, nil
-}
-
 // freeze makes the memory as it is now the checkpoint's. The guest is stopped
 // and its device state saved; only QEMU itself might still write.
 func (s *server) freeze() error {
 	begin := time.Now()
-	for _, t := range s.faults {
-		t.mu.Lock()
-	}
-	runs, err := s.rearm()
-	if err == nil {
-		s.phase.Store(uint32(capturing))
-	}
-	for _, t := range s.faults {
-		t.mu.Unlock()
-	}
+	runs, err := s.engine.freeze()
 	s.froze = time.Now()
 	s.stats.FreezeRuns, s.stats.FreezeNS = runs, s.froze.Sub(begin).Nanoseconds()
 	if err != nil {
 		return err
 	}
 	return s.failedWith()
-}
-
-// scan starts the scanners. Nothing but them runs for long until release.
-func (s *server) scan() {
-	stepBack()
-	for _, c := range s.scanners {
-		c.ring.SetSlack(c.ring.Pages() / 2)
-		s.scans.Go(c.run)
-	}
 }
 
 // release lets go of the guest's memory: the kernel drops every mark and wakes
@@ -298,6 +239,7 @@ func (s *server) release() error {
 	begin := time.Now()
 	s.phase.Store(uint32(released))
 	stepForward() // the guest may be waiting
+	s.engine.unblock()
 	var errs []error
 	for _, t := range s.tables {
 		if inSteps(t.block, s.h.Unregister) == nil {
@@ -311,10 +253,7 @@ func (s *server) release() error {
 			errs = append(errs, err)
 		}
 	}
-	s.scans.Wait()
-	for _, t := range s.faults {
-		t.addTo(&s.stats)
-	}
+	errs = append(errs, s.engine.stop())
 	s.held = false // the descriptor itself goes with the process, which is about to end
 	s.stats.ReleaseNS = time.Since(begin).Nanoseconds()
 	return errors.Join(errs...)
@@ -325,18 +264,6 @@ func (s *server) pagesDone(n int64) {
 	if s.remaining.Add(-n) == 0 {
 		close(s.complete)
 	}
-}
-
-// captureRun is the heart of it: copy, prove, release. The pages [first,
-// first+n) are claimed by the caller; data is n pages of its ring. It reports
-// whether the copy is the content at the freeze.
-func (s *server) captureRun(block int, t *pageTable, first, n uint64, data []byte) bool {
-	start, end := t.block.HVA+first*pageBytes, t.block.HVA+(first+n)*pageBytes
-	if err := s.src.Read(block, first, data); err != nil {
-		s.fail(Broken, "block %d, page %d: %v", block, first, err)
-		return false
-	}
-	return s.prove(block, t, first, n, start, end) && s.unprotect(block, t, first, n)
 }
 
 // prove checks, after the copy, that nobody wrote or discarded a page of the
@@ -382,24 +309,4 @@ func (s *server) stillHeld(block int, t *pageTable, first, n uint64) bool {
 		return false
 	}
 	return missing == [hugeWords + 1]uint64{}
-}
-
-// unprotect lifts the marks of a captured run, wakes who waits for it, and makes
-// it done.
-func (s *server) unprotect(block int, t *pageTable, first, n uint64) bool {
-	errno := s.h.UnprotectRaw(t.block.HVA+first*pageBytes, n*pageBytes, true)
-	for errno == unix.EAGAIN { // the address space is being changed
-		nap(changeNap)
-		errno = s.h.UnprotectRaw(t.block.HVA+first*pageBytes, n*pageBytes, true)
-	}
-	if errno != 0 {
-		// A fault thread may come too late with a page that was done: everything
-		// is captured, let go of, and nobody waits any more.
-		if phase(s.phase.Load()) != released {
-			s.fail(Broken, "block %d, page %d: unprotect %d pages: %v", block, first, n, errno)
-		}
-		return false
-	}
-	setRange(t.done, first, n)
-	return true
 }

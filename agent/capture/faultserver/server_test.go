@@ -130,6 +130,15 @@ func (g *target) end() {
 	g.writers.Wait()
 }
 
+// with sets the engine.
+func with(e Engine) func(*Start) {
+	return func(o *Start) {
+		if o.Config.Engine = e; e == Kernel {
+			o.Config.FaultThreads, o.Config.RingBytes, o.FaultRingPages = 1, 32<<20, 4096
+		}
+	}
+}
+
 func startServer(t *testing.T, g *target, change func(*Start)) *Client {
 	t.Helper()
 	f, err := uffd.New(unix.O_CLOEXEC | unix.O_NONBLOCK)
@@ -219,22 +228,26 @@ func drain(t *testing.T, c *Client, out []byte, stop <-chan struct{}) (pages uin
 
 func TestCaptureIsTheMemoryAtTheFreeze(t *testing.T) {
 	for _, c := range []struct {
-		name string
-		kind source.Kind
-		huge bool
+		name   string
+		kind   source.Kind
+		huge   bool
+		engine Engine
 	}{
-		{"anonymous", source.Anonymous, false},
-		{"huge pages", source.Anonymous, true},
-		{"memfd shared", source.Shared, false},
-		{"file private", source.PrivateFile, false},
+		{"anonymous", source.Anonymous, false, Synchronous},
+		{"huge pages", source.Anonymous, true, Synchronous},
+		{"memfd shared", source.Shared, false, Synchronous},
+		{"file private", source.PrivateFile, false, Synchronous},
+		{"anonymous in the kernel", source.Anonymous, false, Kernel},
+		{"huge pages in the kernel", source.Anonymous, true, Kernel},
+		{"memfd shared in the kernel", source.Shared, false, Kernel},
 	} {
 		t.Run(c.name, func(t *testing.T) {
 			const pages = 32*hugePages + 77
 			for round := range 3 {
 				g := newTarget(t, c.kind, pages, c.huge)
 				g.start(2)
-				srv := startServer(t, g, nil)
-				if err := srv.Prearm(t.Context()); err != nil {
+				srv := startServer(t, g, with(c.engine))
+				if err := errors.Join(srv.Prearm(t.Context()), srv.Rearm(t.Context())); err != nil {
 					t.Fatal(err)
 				}
 				g.gate.Lock()
@@ -421,7 +434,7 @@ func TestWakingAfterReleaseIsNoFailure(t *testing.T) {
 	if err != nil {
 		t.Skipf("no userfaultfd to be had: %v", err)
 	}
-	h, err := uffd.Adopt(f, features)
+	h, err := uffd.Adopt(f, syncFeatures)
 	if err != nil {
 		t.Skipf("this kernel cannot: %v", err)
 	}

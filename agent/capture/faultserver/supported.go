@@ -14,8 +14,8 @@ func Supported() error {
 	if err != nil {
 		return fmt.Errorf("no userfaultfd to be had: %w", err)
 	}
-	if !have.Has(features) {
-		return fmt.Errorf("this kernel's userfaultfd lacks %s", features&^have)
+	if !have.Has(syncFeatures) {
+		return fmt.Errorf("this kernel's userfaultfd lacks %s", syncFeatures&^have)
 	}
 	pm, err := pagemap.OpenSelf()
 	if err != nil {

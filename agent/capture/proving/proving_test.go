@@ -1,0 +1,131 @@
+package proving
+
+import (
+	"context"
+	"encoding/json"
+	"fmt"
+	"os"
+	"path/filepath"
+	"strings"
+	"testing"
+
+	"go.uber.org/goleak"
+
+	"github.com/ckagent/ckagent/agent/capture"
+	"github.com/ckagent/ckagent/agent/capture/arena"
+	"github.com/ckagent/ckagent/agent/capture/faultserver"
+	"github.com/ckagent/ckagent/agent/capture/source"
+	"github.com/ckagent/ckagent/agent/guardian"
+	"github.com/ckagent/ckagent/agent/vm/inject"
+)
+
+// The test binary plays the helpers when it is started as one of them.
+func TestMain(m *testing.M) {
+	var err error
+	switch {
+	case len(os.Args) > 1 && os.Args[1] == capture.FaultServerVerb:
+		err = faultserver.Main(faultserver.Deps{Take: take, OpenControl: beat})
+	case len(os.Args) > 2 && os.Args[1] == Verb:
+		err = Subject(os.Args[2])
+	default:
+		goleak.VerifyTestMain(m)
+	}
+	if err != nil {
+		fmt.Fprintln(os.Stderr, err)
+		os.Exit(1)
+	}
+	os.Exit(0)
+}
+
+func take(pid int, _ []int) (*os.File, error) {
+	f, _, err := inject.Userfaultfd(context.Background(), pid, inject.Options{})
+	return f, err
+}
+
+func beat(f *os.File) (func(), error) {
+	c, err := guardian.OpenControl(f)
+	if err != nil {
+		return nil, err
+	}
+	return c.BeatServer, nil
+}
+
+// TestLoad: on this host the engine is proved for both kinds of RAM; the answer is kept
+// for this boot and this binary, and for no other.
+func TestLoad(t *testing.T) {
+	self, err := os.Executable()
+	if err != nil {
+		t.Fatal(err)
+	}
+	file := filepath.Join(t.TempDir(), "run", "proving.json")
+	r, err := loadFrom(t.Context(), file, []string{self})
+	if err != nil {
+		t.Fatal(err)
+	}
+	for _, p := range r.Paths {
+		t.Logf("%+v", p)
+	}
+	for _, kind := range []source.Kind{source.Anonymous, source.Shared} {
+		if err := r.Proven("tcg", kind); err != nil {
+			t.Error(err)
+		}
+	}
+	for accel, kind := range map[string]source.Kind{"kvm": source.Anonymous, "tcg": source.PrivateFile} {
+		if err := r.Proven(accel, kind); err == nil || !strings.Contains(err.Error(), accel) {
+			t.Errorf("%s, kind %d: %v", accel, kind, err)
+		}
+	}
+	// What is written down is believed.
+	r.Paths[0].OK, r.Paths[0].Detail = false, "made up"
+	if err := write(file, r); err != nil {
+		t.Fatal(err)
+	}
+	again, err := loadFrom(t.Context(), file, []string{self})
+	if err != nil || again.Paths[0].OK || again.Proven("tcg", source.Anonymous) == nil {
+		t.Errorf("%+v, %v", again, err)
+	}
+	for _, change := range []func(r *Report){func(r *Report) { r.BootID = "x" }, func(r *Report) { r.Binary = "x" }, func(r *Report) { r.Schema = "x" }} {
+		old := *r
+		change(&old)
+		b, err := json.Marshal(&old)
+		if err != nil {
+			t.Fatal(err)
+		}
+		if err := os.WriteFile(file, b, 0o600); err != nil {
+			t.Fatal(err)
+		}
+		if kept, err := read(file); err != nil || kept.Paths[0].OK {
+			t.Fatalf("%+v, %v", kept, err)
+		}
+		ctx, cancel := context.WithCancel(t.Context())
+		cancel() // so that a new trial shows by its end
+		if r, err := loadFrom(ctx, file, []string{self}); err == nil {
+			t.Errorf("believed: %+v", r)
+		}
+	}
+}
+
+// TestWrongByteIsSeen: a comparison with another memory fails.
+func TestComparison(t *testing.T) {
+	c := &comparison{want: make([]byte, subjectPages*pageBytes), seen: make([]bool, subjectPages), enough: make(chan struct{})}
+	c.want[7*pageBytes+99] = 1
+	data := make([]byte, 2*pageBytes)
+	if err := c.compare(record(5, 2, data)); err != nil {
+		t.Error(err)
+	}
+	for _, r := range []struct {
+		first, pages uint64
+		says         string
+	}{{7, 1, "not what it was"}, {6, 1, "twice"}, {subjectPages, 1, "does not exist"}} {
+		if err := c.compare(record(r.first, r.pages, data)); err == nil || !strings.Contains(err.Error(), r.says) {
+			t.Errorf("page %d: %v", r.first, err)
+		}
+	}
+	if err := c.whole(); err == nil {
+		t.Error("whole with pages missing")
+	}
+}
+
+func record(first, pages uint64, data []byte) arena.Record {
+	return arena.Record{First: first, Pages: pages, Data: data[:pages*pageBytes], Origin: arena.ByFault}
+}

@@ -1,0 +1,175 @@
+package proving
+
+import (
+	"context"
+	"debug/elf"
+	"encoding/hex"
+	"encoding/json"
+	"errors"
+	"fmt"
+	"os"
+	"path/filepath"
+	"strings"
+	"time"
+
+	"github.com/ckagent/ckagent/agent/capture/source"
+)
+
+// Path is a way by which a guest's writes reach its RAM, and what came of its trial.
+type Path struct {
+	Accel  string `json:"accel"`
+	RAM    string `json:"ram"` // anonymous, shared
+	OK     bool   `json:"ok"`
+	Detail string `json:"detail"`
+	Pages  uint64 `json:"pages"` // captured in the kernel, and compared
+	TookNS int64  `json:"took_ns"`
+}
+
+// Report is what is known about this host.
+type Report struct {
+	Schema string `json:"schema"`
+	BootID string `json:"boot_id"`
+	Binary string `json:"binary"` // which one was tried
+	Paths  []Path `json:"paths"`
+}
+
+const schema = "ckagent.proving/v1"
+
+var kindNames = map[source.Kind]string{source.Anonymous: "anonymous", source.Shared: "shared", source.PrivateFile: "private file"}
+
+// file is where the answer stays until the next boot.
+const file = "/run/ckagent/proving.json"
+
+// Load returns what is known, or finds it out. helper is the command line that leads to
+// our own binary;
+// nil: this very binary.
+func Load(ctx context.Context, helper []string) (*Report, error) { return loadFrom(ctx, file, helper) }
+
+func loadFrom(ctx context.Context, file string, helper []string) (*Report, error) {
+	boot, err := bootID()
+	if err != nil {
+		return nil, err
+	}
+	if len(helper) == 0 {
+		self, err := os.Executable()
+		if err != nil {
+			return nil, fmt.Errorf("find our own binary: %w", err)
+		}
+		helper = []string{self}
+	}
+	binary, err := identity(helper[0])
+	if err != nil {
+		return nil, err
+	}
+	if r, err := read(file); err == nil && r.Schema == schema && r.BootID == boot && r.Binary == binary {
+		return r, nil
+	}
+	r := &Report{Schema: schema, BootID: boot, Binary: binary}
+	for _, kind := range []source.Kind{source.Anonymous, source.Shared} {
+		r.Paths = append(r.Paths, try(ctx, helper, kind))
+		if ctx.Err() != nil {
+			return nil, ctx.Err()
+		}
+	}
+	// Without the file the next one tries again.
+	_ = write(file, r)
+	return r, nil
+}
+
+func try(ctx context.Context, helper []string, kind source.Kind) Path {
+	begin := time.Now()
+	p := Path{Accel: "tcg", RAM: kindNames[kind]}
+	var err error
+	p.Pages, err = trial(ctx, helper, kind)
+	p.TookNS = time.Since(begin).Nanoseconds()
+	if err != nil {
+		p.Detail = err.Error()
+		return p
+	}
+	p.OK, p.Detail = true, fmt.Sprintf("%d pages copied in the kernel before they were written, all right", p.Pages)
+	return p
+}
+
+// Proven returns nil if the engine can be trusted for an accelerator and a kind of RAM,
+// else why not.
+func (r *Report) Proven(accel string, ram source.Kind) error {
+	for _, p := range r.Paths {
+		if p.Accel != accel || p.RAM != kindNames[ram] {
+			continue
+		}
+		if p.OK {
+			return nil
+		}
+		return fmt.Errorf("its test on this host failed for accelerator %s and %s RAM: %s", accel, p.RAM, p.Detail)
+	}
+	return fmt.Errorf("it has no test for accelerator %s and %s RAM", accel, kindNames[ram])
+}
+
+// Proven is Load and Report.Proven in one, as capture.Options asks for it.
+func Proven(helper []string) func(ctx context.Context, accel string, ram source.Kind) error {
+	return func(ctx context.Context, accel string, ram source.Kind) error {
+		r, err := Load(ctx, helper)
+		if err != nil {
+			return err
+		}
+		return r.Proven(accel, ram)
+	}
+}
+
+func bootID() (string, error) {
+	b, err := os.ReadFile("/proc/sys/kernel/random/boot_id")
+	if err != nil {
+		return "", err
+	}
+	return strings.TrimSpace(string(b)), nil
+}
+
+// identity names a binary by what it was built from; copies have the same name.
+func identity(path string) (string, error) {
+	f, err := elf.Open(path)
+	if err != nil {
+		return "", fmt.Errorf("our own binary %s: %w", path, err)
+	}
+	defer f.Close()
+	s := f.Section(".note.go.buildid")
+	if s == nil {
+		return "", fmt.Errorf("our own binary %s has no build id", path)
+	}
+	b, err := s.Data()
+	if err != nil {
+		return "", fmt.Errorf("our own binary %s: build id: %w", path, err)
+	}
+	return hex.EncodeToString(b), nil
+}
+
+func read(file string) (*Report, error) {
+	b, err := os.ReadFile(file)
+	if err != nil {
+		return nil, err
+	}
+	var r Report
+	return &r, json.Unmarshal(b, &r)
+}
+
+// write replaces the file in one step.
+func write(file string, r *Report) error {
+	b, err := json.Marshal(r)
+	if err != nil {
+		return err
+	}
+	if err := os.MkdirAll(filepath.Dir(file), 0o700); err != nil {
+		return err
+	}
+	f, err := os.CreateTemp(filepath.Dir(file), ".proving-*")
+	if err != nil {
+		return err
+	}
+	_, err = f.Write(b)
+	if err = errors.Join(err, f.Close()); err == nil {
+		err = os.Rename(f.Name(), file)
+	}
+	if err != nil {
+		return errors.Join(err, os.Remove(f.Name()))
+	}
+	return nil
+}

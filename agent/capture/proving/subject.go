@@ -1,0 +1,150 @@
+package proving
+
+import (
+	"encoding/binary"
+	"encoding/json"
+	"fmt"
+	"io"
+	"math/rand/v2"
+	"os"
+	"os/exec"
+	"runtime"
+	"syscall"
+
+	"golang.org/x/sys/unix"
+
+	"github.com/ckagent/ckagent/agent/capture/source"
+)
+
+// Verb is the hidden verb of our binary that leads to Subject.
+const Verb = "__proving"
+
+const (
+	pageBytes = source.PageBytes
+	// subjectPages is the memory of a subject; the last quarter is written by the kernel.
+	subjectPages = 4096
+	kernelFirst  = subjectPages / 4 * 3
+	storeThreads = 3
+)
+
+// place is what a subject says of its memory.
+type place struct {
+	HVA uint64 `json:"hva"`
+}
+
+// Subject is the child process: it writes to its memory until its standard input ends.
+func Subject(kind string) error {
+	flags, fd := unix.MAP_PRIVATE|unix.MAP_ANONYMOUS, -1
+	if kind == kindNames[source.Shared] {
+		var err error
+		if fd, err = unix.MemfdCreate("proving", unix.MFD_CLOEXEC); err != nil {
+			return os.NewSyscallError("memfd_create", err)
+		}
+		if err := unix.Ftruncate(fd, subjectPages*pageBytes); err != nil {
+			return os.NewSyscallError("ftruncate", err)
+		}
+		flags = unix.MAP_SHARED
+	}
+	mem, err := unix.Mmap(fd, 0, subjectPages*pageBytes, unix.PROT_READ|unix.PROT_WRITE, flags)
+	if err != nil {
+		return os.NewSyscallError("mmap", err)
+	}
+	for page := range subjectPages {
+		if page%8 < 6 { // the rest is absent when it is armed
+			fill(mem, page, 1)
+		}
+	}
+	content, err := unix.MemfdCreate("content", unix.MFD_CLOEXEC)
+	if err != nil {
+		return os.NewSyscallError("memfd_create", err)
+	}
+	for id := range storeThreads {
+		go func() { // ends with the process
+			runtime.LockOSThread()
+			rng := rand.New(rand.NewPCG(1, uint64(id)))
+			for seed := uint64(id) << 32; ; seed++ {
+				fill(mem, rng.IntN(kernelFirst), seed)
+			}
+		}()
+	}
+	failed := make(chan error, 1)
+	go func() { // ends with the process
+		runtime.LockOSThread()
+		failed <- copyIn(mem[kernelFirst*pageBytes:], content)
+	}()
+	if err := json.NewEncoder(os.Stdout).Encode(place{HVA: addressOf(mem)}); err != nil {
+		return err
+	}
+	ended := make(chan error, 1)
+	go func() {
+		_, err := io.Copy(io.Discard, os.Stdin)
+		ended <- err
+	}()
+	select {
+	case err := <-failed:
+		return err
+	case err := <-ended:
+		return err
+	}
+}
+
+// fill writes a page such that a copy made in the middle of it shows.
+func fill(mem []byte, page int, seed uint64) {
+	p := mem[page*pageBytes:][:pageBytes]
+	for i := 0; i < pageBytes; i += 8 {
+		binary.LittleEndian.PutUint64(p[i:], seed*0x9e3779b97f4a7c15+uint64(page))
+	}
+}
+
+// copyIn has the kernel copy pages into the memory, for ever.
+func copyIn(mem []byte, content int) error {
+	page := make([]byte, pageBytes)
+	rng := rand.New(rand.NewPCG(2, 2))
+	for seed := uint64(1); ; seed++ {
+		fill(page, 0, seed)
+		if _, err := unix.Pwrite(content, page, 0); err != nil {
+			return os.NewSyscallError("pwrite", err)
+		}
+		at := rng.IntN(len(mem)/pageBytes) * pageBytes
+		if _, err := unix.Pread(content, mem[at:at+pageBytes], 0); err != nil {
+			return os.NewSyscallError("pread", err)
+		}
+	}
+}
+
+// subject is the child as its parent sees it.
+type subject struct {
+	cmd   *exec.Cmd
+	stdin io.WriteCloser
+	place place
+}
+
+func startSubject(helper []string, kind source.Kind) (s *subject, err error) {
+	s = &subject{cmd: exec.Command(helper[0], append(helper[1:len(helper):len(helper)], Verb, kindNames[kind])...)}
+	// One processor for its scheduler is not enough for threads that never yield.
+	s.cmd.Env = append(os.Environ(), fmt.Sprintf("GOMAXPROCS=%d", storeThreads+4))
+	s.cmd.SysProcAttr = &syscall.SysProcAttr{Pdeathsig: syscall.SIGKILL, Setsid: true}
+	s.cmd.Stderr = os.Stderr
+	if s.stdin, err = s.cmd.StdinPipe(); err != nil {
+		return nil, err
+	}
+	out, err := s.cmd.StdoutPipe()
+	if err != nil {
+		return nil, err
+	}
+	if err := s.cmd.Start(); err != nil {
+		return nil, fmt.Errorf("start the subject: %w", err)
+	}
+	if err := json.NewDecoder(out).Decode(&s.place); err != nil {
+		s.end()
+		return nil, fmt.Errorf("the subject did not begin: %w", err)
+	}
+	return s, nil
+}
+
+// end kills and reaps the subject.
+func (s *subject) end() {
+	_ = s.cmd.Process.Kill() // it may have ended
+	_ = s.cmd.Wait()
+	_ = s.stdin.Close()
+}

@@ -1,0 +1,269 @@
+package proving
+
+import (
+	"bytes"
+	"context"
+	"errors"
+	"fmt"
+	"os"
+	"path/filepath"
+	"strconv"
+	"sync"
+	"time"
+
+	"golang.org/x/sys/unix"
+
+	"github.com/ckagent/ckagent/agent/capture"
+	"github.com/ckagent/ckagent/agent/capture/arena"
+	"github.com/ckagent/ckagent/agent/capture/faultserver"
+	"github.com/ckagent/ckagent/agent/capture/source"
+	"github.com/ckagent/ckagent/agent/guardian"
+	"github.com/ckagent/ckagent/agent/procstat"
+)
+
+const (
+	rounds    = 2
+	ringBytes = 8 << 20 // half of the subject
+	patience  = 20 * time.Second
+	// Of either way to write, so many pages must have come by the kernel's ring for a
+	// trial to say something.
+	enoughStores = 200
+	enoughCopies = 20
+	stopPatience = 5 * time.Second
+)
+
+// trial captures a new subject's memory several times. It returns how many pages came
+// by the kernel's ring.
+func trial(ctx context.Context, helper []string, kind source.Kind) (byRing uint64, err error) {
+	ctx, cancel := context.WithTimeout(ctx, patience)
+	defer cancel()
+	s, err := startSubject(helper, kind)
+	if err != nil {
+		return 0, err
+	}
+	defer s.end()
+	for range rounds {
+		n, err := s.capture(ctx, helper, kind)
+		if byRing += n; err != nil {
+			return byRing, err
+		}
+	}
+	return byRing, nil
+}
+
+// capture takes one capture and compares it.
+func (s *subject) capture(ctx context.Context, helper []string, kind source.Kind) (byRing uint64, err error) {
+	control, page, err := guardian.CreateControl()
+	if err != nil {
+		return 0, err
+	}
+	defer func() { err = errors.Join(err, control.Close(), page.Close()) }()
+	pid := s.cmd.Process.Pid
+	blocks := []source.Block{{HVA: s.place.HVA, Pages: subjectPages, Kind: kind}}
+	srv, err := faultserver.New(faultserver.Start{
+		Self: helper[0], Args: append(helper[1:len(helper):len(helper)], capture.FaultServerVerb), Control: page,
+		FaultRingPages: 2048, ScanRingPages: 1024,
+		Config: faultserver.Config{QEMUPID: pid, Blocks: blocks, FaultThreads: 1, ScanThreads: 1, FaultAround: 1,
+			MaxStall: time.Second, Engine: faultserver.Kernel, RingBytes: ringBytes},
+	})
+	if err != nil {
+		return 0, err
+	}
+	defer func() { err = errors.Join(err, srv.Close()) }()
+	if err := errors.Join(srv.Ready(ctx)); err != nil {
+		return 0, err
+	}
+	if err := srv.Prearm(ctx); err != nil {
+		return 0, err
+	}
+	if err := srv.Rearm(ctx); err != nil {
+		return 0, err
+	}
+	want, err := s.freeze(ctx, srv, blocks)
+	if err != nil {
+		return 0, err
+	}
+	c := &comparison{want: want, seen: make([]bool, subjectPages), enough: make(chan struct{})}
+	drained := make(chan error, 1)
+	drainCtx, stop := context.WithCancel(ctx)
+	defer stop()
+	go func() { drained <- c.drain(drainCtx, srv.Arena()) }() // joined below
+	select {                                                  // the scan would be faster than the subject
+	case <-c.enough:
+	case err := <-drained:
+		return c.byRing(), err
+	case <-ctx.Done():
+		stop()
+		return c.byRing(), errors.Join(fmt.Errorf("too few pages came by the ring (%d by stores, %d by copies)", c.stores, c.copies), <-drained)
+	}
+	err = srv.Scan()
+	if err == nil {
+		err = srv.Wait(ctx)
+	}
+	if err != nil {
+		stop()
+	}
+	if drainErr := <-drained; err == nil {
+		err = drainErr
+	}
+	if err == nil {
+		err = c.whole()
+	}
+	return c.byRing(), err
+}
+
+// freeze stops the subject, has the server freeze, and lets the subject go on. It
+// returns the memory at that instant.
+func (s *subject) freeze(ctx context.Context, srv *faultserver.Client, blocks []source.Block) (want []byte, err error) {
+	pid := s.cmd.Process.Pid
+	if err := unix.Kill(pid, unix.SIGSTOP); err != nil {
+		return nil, fmt.Errorf("stop the subject: %w", err)
+	}
+	defer func() {
+		if e := unix.Kill(pid, unix.SIGCONT); e != nil {
+			err = errors.Join(err, fmt.Errorf("let the subject go on: %w", e))
+		}
+	}()
+	if err := awaitStopped(ctx, pid); err != nil {
+		return nil, err
+	}
+	src, err := source.Open(pid, blocks)
+	if err != nil {
+		return nil, err
+	}
+	defer src.Close()
+	want = make([]byte, subjectPages*pageBytes)
+	var reads []error
+	err = src.Each(0, func(r source.Run) {
+		if !r.Zero {
+			reads = append(reads, src.Read(0, r.First, want[r.First*pageBytes:][:r.Pages*pageBytes]))
+		}
+	})
+	return want, errors.Join(err, errors.Join(reads...), srv.Freeze(ctx))
+}
+
+// awaitStopped waits until every thread stands still.
+func awaitStopped(ctx context.Context, pid int) error {
+	ctx, cancel := context.WithTimeout(ctx, stopPatience)
+	defer cancel()
+	tick := time.NewTicker(200 * time.Microsecond)
+	defer tick.Stop()
+	for {
+		stopped := true
+		tasks, err := filepath.Glob("/proc/" + strconv.Itoa(pid) + "/task/*/stat")
+		if err != nil {
+			return err
+		}
+		for _, path := range tasks {
+			b, err := os.ReadFile(path)
+			if err != nil { // the thread has ended
+				continue
+			}
+			st, err := procstat.Parse(b)
+			stopped = stopped && err == nil && st.Stopped()
+		}
+		if stopped && len(tasks) > 0 {
+			return nil
+		}
+		select {
+		case <-tick.C:
+		case <-ctx.Done():
+			return fmt.Errorf("the subject does not stop: %w", ctx.Err())
+		}
+	}
+}
+
+// comparison looks at each captured page as it comes.
+type comparison struct {
+	want []byte
+
+	mu             sync.Mutex
+	seen           []bool
+	stores, copies uint64 // pages that came by the ring, by who wrote them
+	enough         chan struct{}
+}
+
+func (c *comparison) byRing() uint64 {
+	c.mu.Lock()
+	defer c.mu.Unlock()
+	return c.stores + c.copies
+}
+
+// drain compares what comes until every ring has ended.
+func (c *comparison) drain(ctx context.Context, a *arena.Arena) error {
+	errs := make(chan error, a.Rings())
+	for i := range a.Rings() {
+		go func() { errs <- c.ring(ctx, a.Ring(i)) }()
+	}
+	var all []error
+	for range a.Rings() {
+		all = append(all, <-errs)
+	}
+	return errors.Join(all...)
+}
+
+func (c *comparison) ring(ctx context.Context, r *arena.Ring) error {
+	for ctx.Err() == nil {
+		rec, ok, done, err := r.Next(20 * time.Millisecond)
+		if err != nil || done {
+			return err
+		}
+		if !ok {
+			continue
+		}
+		if err := c.compare(rec); err != nil {
+			return err
+		}
+		r.Done()
+	}
+	return ctx.Err()
+}
+
+var zeroPage [pageBytes]byte
+
+func (c *comparison) compare(rec arena.Record) error {
+	c.mu.Lock()
+	defer c.mu.Unlock()
+	for i := range rec.Pages {
+		page := rec.First + i
+		if page >= subjectPages || c.seen[page] {
+			return fmt.Errorf("page %d came twice or does not exist", page)
+		}
+		c.seen[page] = true
+		got := zeroPage[:]
+		if rec.Data != nil {
+			got = rec.Data[i*pageBytes:][:pageBytes]
+		}
+		if !bytes.Equal(got, c.want[page*pageBytes:][:pageBytes]) {
+			return fmt.Errorf("page %d is not what it was at the freeze", page)
+		}
+		if rec.Origin != arena.ByFault {
+			continue
+		}
+		if page < kernelFirst {
+			c.stores++
+		} else {
+			c.copies++
+		}
+		if c.stores == enoughStores && c.copies >= enoughCopies || c.copies == enoughCopies && c.stores >= enoughStores {
+			select {
+			case <-c.enough:
+			default:
+				close(c.enough)
+			}
+		}
+	}
+	return nil
+}
+
+// whole reports whether every page came.
+func (c *comparison) whole() error {
+	c.mu.Lock()
+	defer c.mu.Unlock()
+	for page, seen := range c.seen {
+		if !seen {
+			return fmt.Errorf("page %d did not come", page)
+		}
+	}
+	return nil
+}
