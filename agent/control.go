@@ -2,6 +2,7 @@ package agent
 
 import (
 	"context"
+	"fmt"
 	"strconv"
 	"strings"
 	"time"
@@ -161,6 +162,9 @@ func (p *Protector) Status() *apipb.VMStatus {
 	}
 	if slot.Trouble != nil {
 		s.Degraded = append(s.Degraded, "policy: "+slot.Trouble.Error())
+	}
+	if n := len(r.retaken); n > 0 {
+		s.Degraded = append(s.Degraded, fmt.Sprintf("the newest checkpoint was taken at attempt %d: %s", n+1, r.retaken[n-1]))
 	}
 	if r.failures > 0 {
 		s.Degraded = append(s.Degraded, "checkpoints fail: "+r.lastError)

@@ -23,6 +23,7 @@ type record struct {
 	taken     uint64
 	failures  uint64 // in a row
 	lastError string
+	retaken   []string // why attempts before the newest were discarded
 	ramBytes  uint64
 	usedBytes uint64
 }
@@ -42,6 +43,7 @@ func (r *record) add(res *capture.Result, err error, mode string) {
 		c.PauseNs, c.TotalNs, c.StoredBytes, c.RawBytes, c.CapturedPages = st.PauseNS, st.TotalNS, st.StoredBytes, st.RAMBytes, st.CapturedPages
 		r.success, r.newest, r.failures, r.lastError = m.CreatedAt, m.ID, 0, ""
 		r.taken++
+		r.retaken = res.Retaken
 		r.ramBytes, r.usedBytes = st.RAMBytes, st.RAMBytes
 		if st.Pages > 0 {
 			r.usedBytes = st.RAMBytes / st.Pages * (st.Pages - st.ZeroPages)

@@ -58,6 +58,10 @@ func (s *session) manifest(sum image.Summary, hot image.HotRuns, disks []image.D
 		m.Machine.Facts = map[string]string{}
 	}
 	m.Machine.Facts[image.FactGuestRuns] = strconv.FormatBool(s.res.Timing.WasRunning)
+	if n := len(s.res.Retaken); n > 0 {
+		m.Machine.Facts[image.FactDiscarded] = strconv.Itoa(n)
+		m.Machine.Facts[image.FactDiscardedReason] = s.res.Retaken[n-1]
+	}
 	if s.o.Quiesce != nil {
 		m.Machine.Facts[image.FactFrozen] = "true"
 	}

@@ -54,7 +54,7 @@ func (p *plan) next(err error) bool {
 			now.escaped = lost
 			p.attempts = slices.Insert(p.attempts, 0, now)
 		}
-	case now.engine == EngineBPF && (failure == faultserver.Unsupported || failure == faultserver.Stalled):
+	case now.engine == EngineBPF && failure == faultserver.Unsupported:
 	case failure == faultserver.Unproven:
 	case now.mode == Buffer && problem.Is(err, problem.Refused): // more RAM than memory for it
 	case failure == faultserver.Unsupported: // and will not be at the next try either

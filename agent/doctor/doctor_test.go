@@ -49,6 +49,28 @@ func TestHealthy(t *testing.T) {
 	}
 }
 
+// TestProofs: where the capture in the kernel was proved it is the engine, where its
+// test failed that is said with the cost.
+func TestProofs(t *testing.T) {
+	f := healthy()
+	f.Proofs = []Proof{{Accel: "tcg", RAM: "anonymous", OK: true, Detail: "all right"}, {Accel: "tcg", RAM: "shared", Detail: "a page is not what it was"}}
+	r := Judge(f)
+	if a, s := r.Engines[0], r.Engines[1]; a.Engine != "bpf" || !strings.Contains(a.Reason, "tcg") || s.Engine != "uffd" {
+		t.Errorf("%+v", r.Engines)
+	}
+	c := r.Find("bpf", "capture in the kernel, tcg, shared RAM")
+	if c == nil || c.Status != Missing || !strings.Contains(c.Detail, "not what it was") || c.Costs == "" || c.Mend == "" {
+		t.Errorf("%+v", c)
+	}
+	if c := r.Find("bpf", "capture in the kernel, tcg, anonymous RAM"); c == nil || c.Status != OK {
+		t.Errorf("%+v", c)
+	}
+	f.Proofs, f.ProofErr = nil, unix.EPERM
+	if c := Judge(f).Find("bpf", "capture in the kernel"); c == nil || c.Status != Missing {
+		t.Errorf("%+v", c)
+	}
+}
+
 func TestGaps(t *testing.T) {
 	lose := func(bits uffd.Features) func(*Facts) { return func(f *Facts) { f.Uffd.Features &^= bits } }
 	dropCap := func(bit int) func(*Facts) { return func(f *Facts) { f.Rights.Caps &^= 1 << bit } }

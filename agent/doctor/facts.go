@@ -18,12 +18,22 @@ type Facts struct {
 	HugePages HugePageFacts
 	KSM       int // /sys/kernel/mm/ksm/run; -1 if there is none
 	BPF       []probe.Result
+	Proofs    []Proof
+	ProofErr  error
 	KVM       KVMFacts
 	Cgroup    CgroupFacts
 	Rights    RightsFacts
 	QEMU      []QEMUFacts
 	Tools     []ToolFacts
 	Store     StoreFacts
+}
+
+// Proof is the test of the capture in the kernel (engine bpf) for one accelerator and
+// one kind of RAM.
+type Proof struct {
+	Accel, RAM string // tcg; anonymous, shared
+	OK         bool
+	Detail     string
 }
 
 // UffdFacts says how a userfaultfd can be had and what it can do.

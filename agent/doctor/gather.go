@@ -31,6 +31,8 @@ const stepTime = 5 * time.Second
 type Options struct {
 	StoreDir string   // the store to judge; DefaultStore if empty
 	QEMU     []string // further QEMU binaries, beside those found in the usual places
+	// Proofs tests the capture in the kernel; nil: it is not looked at.
+	Proofs func(ctx context.Context) ([]Proof, error)
 }
 
 // Run looks at this host and judges it. An error is only that of ctx.
@@ -60,6 +62,9 @@ func Gather(ctx context.Context, o Options) *Facts {
 	f.Collapse = tryCollapse()
 	f.HugePages = gatherHugePages()
 	f.BPF = probe.All(ctx)
+	if o.Proofs != nil {
+		f.Proofs, f.ProofErr = o.Proofs(ctx)
+	}
 	f.KVM = gatherKVM(ctx)
 	f.Cgroup = gatherCgroup()
 	f.Rights = gatherRights()

@@ -143,6 +143,17 @@ func judgeBPF(f *Facts) []Check {
 		}
 		out = append(out, c)
 	}
+	const costs = "engine uffd is taken, and a guest's first write to a page during a checkpoint waits some microseconds more"
+	if f.ProofErr != nil {
+		out = append(out, Check{Group: "bpf", Name: "capture in the kernel", Status: Missing, Detail: reason(f.ProofErr), Costs: costs, Mend: "run as root"})
+	}
+	for _, p := range f.Proofs {
+		c := Check{Group: "bpf", Name: "capture in the kernel, " + p.Accel + ", " + p.RAM + " RAM", Status: OK, Detail: p.Detail}
+		if !p.OK {
+			c.Status, c.Costs, c.Mend = Missing, costs, "the rows above; a test that failed on a busy host is repeated without /run/ckagent/proving.json"
+		}
+		out = append(out, c)
+	}
 	return out
 }
 
@@ -471,9 +482,17 @@ func judgeEngines(f *Facts, r *Report) []Engine {
 		}
 		return e
 	}
+	inKernel := func(ram string, e Engine) Engine {
+		for _, p := range f.Proofs {
+			if p.OK && p.RAM == ram && e.Engine == "uffd" {
+				e.Engine, e.Reason = "bpf", "proved here for accelerator "+p.Accel+"; uffd for others"
+			}
+		}
+		return e
+	}
 	return []Engine{
-		pick("anonymous", "write protection, anonymous"),
-		pick("memfd or tmpfs, shared", "write protection, shared"),
+		inKernel("anonymous", pick("anonymous", "write protection, anonymous")),
+		inKernel("shared", pick("memfd or tmpfs, shared", "write protection, shared")),
 		pick("tmpfs, private", "write protection, shared"),
 		{RAM: "file on a disk", Engine: "none", Modes: stopped, Reason: "the kernel write-protects no file mappings of disk filesystems"},
 		{RAM: "hugetlbfs", Engine: "none", Reason: "not proven"},

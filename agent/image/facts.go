@@ -12,6 +12,9 @@ const (
 	FactFrozen    = "guest_frozen"  // "true": its file systems were frozen, and are in the image
 	FactCPU       = "cpu_features"  // see vm.CPUFeatures
 
+	FactDiscarded       = "discarded_attempts" // how many there were before this one succeeded
+	FactDiscardedReason = "discarded_reason"   // of the last of them
+
 	FactLibvirtURI    = "libvirt_uri"    // qemu:///system, qemu:///session
 	FactLibvirtSocket = "libvirt_socket" // of the daemon that managed it
 	// FactLibvirtSecrets is "missing" if the domain has passwords, which are not in

@@ -6,6 +6,7 @@ import (
 	"io/fs"
 	"path/filepath"
 	"sort"
+	"strconv"
 	"strings"
 	"time"
 
@@ -29,6 +30,7 @@ type Info struct {
 	ZeroPages     uint64
 	CapturedPages uint64
 	PauseNS       int64
+	Discarded     int // attempts before it succeeded
 	Pinned        bool
 	Leases        []Lease // all there are, also dead ones
 	Dir           string
@@ -161,6 +163,7 @@ func infoOf(c candidate, m *image.Manifest) Info {
 	i.RAMBytes, i.StoredBytes = m.Stats.RAMBytes, m.Stats.StoredBytes
 	i.Pages, i.ZeroPages, i.CapturedPages = m.Stats.Pages, m.Stats.ZeroPages, m.Stats.CapturedPages
 	i.PauseNS = m.Stats.PauseNS
+	i.Discarded, _ = strconv.Atoi(m.Machine.Facts[image.FactDiscarded]) // absent: none
 	return i
 }
 

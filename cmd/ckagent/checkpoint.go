@@ -176,6 +176,10 @@ type checkpointResult struct {
 	HugeBefore    int        `json:"huge_pages_before"`
 	HugeSplit     int        `json:"huge_pages_split"`
 	HugeCollapsed int        `json:"huge_pages_collapsed"`
+	RingPeakBytes uint64     `json:"ring_peak_bytes"`
+	Stops         uint64     `json:"stops"`
+	StopMaxNS     int64      `json:"stop_max_ns"`
+	EscapedPages  int        `json:"escaped_pages"`
 	Reason        string     `json:"reason"`  // why not mode cow, if mode auto had to do without
 	Retaken       []string   `json:"retaken"` // why earlier attempts were discarded
 	Disks         []diskView `json:"disks"`
@@ -195,6 +199,7 @@ func (a *app) printCheckpoint(res *capture.Result) {
 		Faults: st.Faults, FaultP50NS: st.FaultP50NS, FaultP99NS: st.FaultP99NS, FaultMaxNS: st.FaultMaxNS,
 		RearmedRuns: st.FreezeRuns, TrackedFaults: st.TrackedFaults,
 		HugeBefore: st.HugeBefore, HugeSplit: st.HugeSplit, HugeCollapsed: st.HugeCollapsed,
+		RingPeakBytes: st.RingPeakBytes, Stops: st.Stops, StopMaxNS: st.StopMaxNS, EscapedPages: st.EscapedPages,
 		Reason: res.Reason, Retaken: res.Retaken, Notes: res.Notes,
 	}
 	if r.Notes == nil {
@@ -208,8 +213,8 @@ func (a *app) printCheckpoint(res *capture.Result) {
 		a.print("checkpoint", r)
 		return
 	}
-	fmt.Fprintf(a.out, "%s of VM %s: mode %s, pause %s (device state %s), total %s, %s RAM, %s stored, %d pages by %d faults\n",
-		r.ID, r.VM, r.Mode, durationText(time.Duration(r.PauseNS)), durationText(time.Duration(r.DeviceStateNS)),
+	fmt.Fprintf(a.out, "%s of VM %s: mode %s, engine %s, pause %s (device state %s), total %s, %s RAM, %s stored, %d pages by %d faults\n",
+		r.ID, r.VM, r.Mode, r.Engine, durationText(time.Duration(r.PauseNS)), durationText(time.Duration(r.DeviceStateNS)),
 		durationText(time.Duration(r.TotalNS)), sizeText(r.RAMBytes), sizeText(r.StoredBytes), r.CapturedPages, r.Faults)
 	printDisks(a, r.Disks)
 	for _, why := range r.Retaken {

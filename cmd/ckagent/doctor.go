@@ -1,10 +1,25 @@
 package main
 
 import (
+	"context"
+
 	"github.com/spf13/cobra"
 
+	"github.com/ckagent/ckagent/agent/capture/proving"
 	"github.com/ckagent/ckagent/agent/doctor"
 )
+
+// proofs is what is known of the capture in the kernel, in doctor's words.
+func proofs(ctx context.Context) (out []doctor.Proof, err error) {
+	r, err := proving.Load(ctx, nil)
+	if err != nil {
+		return nil, err
+	}
+	for _, p := range r.Paths {
+		out = append(out, doctor.Proof{Accel: p.Accel, RAM: p.RAM, OK: p.OK, Detail: p.Detail})
+	}
+	return out, nil
+}
 
 type doctorOptions struct {
 	store string
@@ -16,7 +31,7 @@ func newDoctorCommand(a *app) *cobra.Command {
 	c := &cobra.Command{
 		Use: "doctor", Short: "Tell what this host offers, what is missing, and how to mend it", Args: exactArgs(0, "no argument"),
 		RunE: func(c *cobra.Command, _ []string) error {
-			r, err := doctor.Run(c.Context(), doctor.Options{StoreDir: o.store, QEMU: o.qemu})
+			r, err := doctor.Run(c.Context(), doctor.Options{StoreDir: o.store, QEMU: o.qemu, Proofs: proofs})
 			if err != nil {
 				return err
 			}

@@ -55,7 +55,7 @@ type way struct {
 }
 
 func (b *bench) checkpoints(ctx context.Context, s checkpointSpec) error {
-	ways := []*way{{name: wayOurs, op: b.ckagent}, {name: waySnapshot, op: b.backgroundSnapshot}, {name: wayStopCopy, op: b.stopAndCopy}}
+	ways := []*way{{name: wayOurs, op: b.ckagent}, {name: waySnapshot, op: b.backgroundSnapshot}, {name: wayStopCopy, op: b.stopAndCopy}, {name: wayUffd, op: b.uffd}}
 	table := stageTable{title: s.guest.String()}
 	var device report.Figures
 	rounds, gens := b.rounds(s.percent, s.least), s.gens
@@ -283,8 +283,9 @@ func (b *bench) checkpointRows(s checkpointSpec, ways []*way, device *report.Fig
 	}
 	add("pause", "pause (STOP to RESUME)", fPause, report.Nanoseconds, snapshot, pause)
 	add("pause", "pause (STOP to RESUME)", fPause, report.Nanoseconds, ways[2:], report.Goal{})
-	rest := ours.later.Get(fRest)
-	b.row(report.Row{ID: s.name + "/rest", Group: group, What: "pause minus device state, third on", Ours: rest.Median(), Peer: math.NaN(), N: len(rest),
+	rest, uffd := ours.later.Get(fRest), ways[3]
+	b.row(report.Row{ID: s.name + "/rest", Group: group, What: "pause minus device state, third on", Ours: rest.Median(),
+		Peer: uffd.later.Get(fRest).Median(), PeerName: uffd.name, N: len(rest),
 		Goal: report.Goal{Text: "≤ 1 ms + 0.3 ms per GiB used", Value: 1e6 + 0.3e6*gib}})
 	devGoal := report.Goal{}
 	if s.goals.devices {
@@ -313,10 +314,10 @@ func (b *bench) checkpointRows(s checkpointSpec, ways []*way, device *report.Fig
 	speed, raw := ours.later.Get(fSpeed), ours.later.Get(fRaw)
 	b.row(report.Row{ID: s.name + "/scan", Group: group, What: "pages to the store, no compression, no fsync", Unit: report.PerSecond, Ours: speed.Median(),
 		Peer: raw.Median(), PeerName: "write(2), same bytes", N: len(speed), Goal: report.Goal{Text: "≥ 70 %", Ratio: 0.7, AtLeast: true}})
-	p50, p99 := ours.later.Get(fFaultP50), ours.later.Get(fFaultP99)
-	b.row(report.Row{ID: s.name + "/fault-p50", Group: group, What: "service of a first write, server's median", Ours: p50.Median(), Peer: math.NaN(), N: len(p50),
+	p50, p99 := uffd.later.Get(fFaultP50), uffd.later.Get(fFaultP99)
+	b.row(report.Row{ID: s.name + "/fault-p50", Group: group, What: "engine uffd: service of a first write, server's median", Ours: p50.Median(), Peer: math.NaN(), N: len(p50),
 		Goal: report.Goal{Text: "≤ 10 µs", Value: 10e3}})
-	b.row(report.Row{ID: s.name + "/fault-p99", Group: group, What: "service of a first write, server's 99th percentile", Ours: p99.Median(), Peer: math.NaN(), N: len(p99)})
+	b.row(report.Row{ID: s.name + "/fault-p99", Group: group, What: "engine uffd: service of a first write, server's 99th percentile", Ours: p99.Median(), Peer: math.NaN(), N: len(p99)})
 }
 
 // lostRow holds the work lost, in seconds of it, against the peer's: the share of
@@ -333,7 +334,7 @@ func (b *bench) pauseChart() {
 		return
 	}
 	c := report.Chart{Title: "Pause by RAM used (4 KiB pages, third checkpoint on)", XLabel: "RAM used (MiB)", YLabel: "pause (ms)"}
-	for _, name := range []string{wayOurs, waySnapshot, wayStopCopy} {
+	for _, name := range []string{wayOurs, wayUffd, waySnapshot, wayStopCopy} {
 		c.Series = append(c.Series, report.Series{Name: name, Points: b.curve[name]})
 	}
 	b.out.Charts["pause.svg"] = c

@@ -250,7 +250,7 @@ func (b *bench) writeFaults(ctx context.Context) error {
 			f.Add(gap+" limit p50", c["median_ns"])
 			f.Add(gap+" limit p99", c["p99_ns"])
 			for _, around := range []int{1, 16} {
-				w, st, err := b.writeOnce(ctx, pages, gap, around)
+				w, st, err := b.writeOnce(ctx, pages, gap, around, faultserver.Synchronous)
 				if err != nil {
 					return err
 				}
@@ -262,15 +262,29 @@ func (b *bench) writeFaults(ctx context.Context) error {
 				f.Add(key+"service p50", float64(st.FaultP50NS))
 				f.Add(key+"service p99", float64(st.FaultP99NS))
 			}
+			w, st, err := b.writeOnce(ctx, pages, gap, 1, faultserver.Kernel)
+			if err != nil {
+				return err
+			}
+			f.Add(gap+" kernel p50", w["median_ns"])
+			f.Add(gap+" kernel p99", w["p99_ns"])
+			f.Add(gap+" kernel pages", float64(st.FaultPages))
 		}
 	}
 	group := fmt.Sprintf("First writes while a checkpoint runs: %d pages in random order, as the writer sees them", pages)
 	for _, gap := range []string{"0", "20000"} {
 		text := map[string]string{"0": "back to back", "20000": "20 µs apart"}[gap]
+		n := len(f.Get(gap + " kernel p50"))
+		b.row(report.Row{ID: "write/" + gap + "/kernel/p50", Group: group, What: text + ", engine bpf, median", Ours: f.Get(gap + " kernel p50").Median(),
+			Peer: f.Get(gap + " limit p50").Median(), PeerName: "C loop", N: n, Goal: report.Goal{Text: "≤ 2.5 µs", Value: 2.5e3}})
+		b.row(report.Row{ID: "write/" + gap + "/kernel/p99", Group: group, What: text + ", engine bpf, 99th percentile", Ours: f.Get(gap + " kernel p99").Median(),
+			Peer: f.Get(gap + " limit p99").Median(), PeerName: "C loop", N: n})
+		b.row(report.Row{ID: "write/" + gap + "/kernel/pages", Group: group, What: text + ", engine bpf, pages copied", Unit: report.Count, Ours: f.Get(gap + " kernel pages").Median(),
+			Peer: float64(pages), PeerName: "written", N: n})
 		for _, around := range []int{1, 16} {
 			key := fmt.Sprintf("%s around %d ", gap, around)
 			name := fmt.Sprintf("%s, up to %d pages a fault", text, around)
-			n := len(f.Get(key + "p50"))
+			n = len(f.Get(key + "p50"))
 			goal := report.Goal{}
 			if around == 1 {
 				goal = report.Goal{Text: "≤ 10 µs", Value: 10e3}
@@ -290,7 +304,7 @@ func (b *bench) writeFaults(ctx context.Context) error {
 
 // writeOnce lets a process write its pages while the fault server holds them; what
 // is captured is read and dropped, as fast as a store that costs nothing.
-func (b *bench) writeOnce(ctx context.Context, pages int, gap string, around int) (w figures, st faultserver.Stats, err error) {
+func (b *bench) writeOnce(ctx context.Context, pages int, gap string, around int, engine faultserver.Engine) (w figures, st faultserver.Stats, err error) {
 	c, err := startChild(ctx, nil, b.cwp, "-T", "-M", "-R", "-k", "write", "-n", fmt.Sprint(pages), "-g", gap)
 	if err != nil {
 		return nil, st, err
@@ -312,7 +326,7 @@ func (b *bench) writeOnce(ctx context.Context, pages int, gap string, around int
 	srv, err := faultserver.New(faultserver.Start{Self: b.Binary, Args: []string{capture.FaultServerVerb}, Control: page,
 		FaultRingPages: 16384, ScanRingPages: 16384,
 		Config: faultserver.Config{QEMUPID: c.cmd.Process.Pid, FaultThreads: 1, ScanThreads: max(1, min(4, runtime.NumCPU()/2)),
-			MaxStall: time.Second, FaultAround: around, HugeAround: true, Collapse: time.Millisecond,
+			MaxStall: time.Second, Engine: engine, RingBytes: 128 << 20, FaultAround: around, HugeAround: true, Collapse: time.Millisecond,
 			Blocks: []source.Block{{HVA: base, Pages: uint64(pages), Kind: source.Anonymous}}}})
 	if err != nil {
 		return nil, st, err

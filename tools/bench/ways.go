@@ -17,7 +17,8 @@ import (
 
 // Names of the ways to keep a VM's state.
 const (
-	wayOurs       = "ckagent"
+	wayOurs       = "ckagent"              // the engine it takes by itself
+	wayUffd       = "ckagent, engine uffd" // or the one that works everywhere
 	waySnapshot   = "background-snapshot"
 	wayStopCopy   = "stop-and-copy"
 	wayDeviceOnly = "device state"
@@ -33,6 +34,7 @@ type stage struct {
 type checkpointReport struct {
 	ID            string   `json:"id"`
 	Mode          string   `json:"mode"`
+	Engine        string   `json:"engine"`
 	PauseNS       int64    `json:"pause_ns"`
 	ArmNS         int64    `json:"arm_ns"`
 	DeviceStateNS int64    `json:"device_state_ns"`
@@ -51,8 +53,17 @@ type checkpointReport struct {
 
 // ckagent takes a checkpoint by the program, from nothing to its exit.
 func (b *bench) ckagent(ctx context.Context, g *guest, dir string) (figures, []stage, error) {
+	return b.byEngine(ctx, g, dir, "auto")
+}
+
+// uffd is ckagent with the synchronous engine.
+func (b *bench) uffd(ctx context.Context, g *guest, dir string) (figures, []stage, error) {
+	return b.byEngine(ctx, g, dir, "uffd")
+}
+
+func (b *bench) byEngine(ctx context.Context, g *guest, dir, engine string) (figures, []stage, error) {
 	began := time.Now()
-	out, marks, cpu, err := b.command(ctx, "checkpoint", fmt.Sprint(g.PID()), "--store", dir, "--mode", "cow")
+	out, marks, cpu, err := b.command(ctx, "checkpoint", fmt.Sprint(g.PID()), "--store", dir, "--mode", "cow", "--engine", engine)
 	ended := time.Now()
 	if err != nil {
 		return nil, nil, err
@@ -69,7 +80,7 @@ func (b *bench) ckagent(ctx context.Context, g *guest, dir string) (figures, []s
 		fDevice: float64(r.DeviceStateNS), fBytes: float64(r.StoredBytes), fCPU: cpu.Seconds(), fOwnPause: float64(r.PauseNS),
 		fFaults: float64(r.Faults),
 	}
-	if r.Faults > 0 {
+	if r.Faults > 0 && r.Engine == "uffd" {
 		f[fFaultP50], f[fFaultP99] = float64(r.FaultP50NS), float64(r.FaultP99NS)
 	}
 	rest := float64(r.PauseNS - r.DeviceStateNS - r.ArmNS)

@@ -50,6 +50,14 @@ var pairs = []struct {
 	{QEMU, []Action{Kill, Stop}},
 }
 
+// engineOf has the engines take turns.
+func engineOf(i int, mode string) string {
+	if mode != "cow" {
+		return ""
+	}
+	return []string{"uffd", "bpf"}[i%2]
+}
+
 // logSteps are steps of a checkpoint that show in the agent's log only.
 var logSteps = []string{"log prearm", "log resume", "log commit"}
 
@@ -60,7 +68,7 @@ var logSteps = []string{"log prearm", "log resume", "log commit"}
 func StepRounds(rng *rand.Rand, s *Survey) (rounds []Round) {
 	core := s.core()
 	add := func(r Round) {
-		r.Kind, r.Again = "step", len(rounds)%4 == 0
+		r.Kind, r.Again, r.Engine = "step", len(rounds)%4 == 0, engineOf(len(rounds), r.Mode)
 		rounds = append(rounds, r)
 	}
 	for i, step := range s.Steps {
@@ -110,7 +118,7 @@ func StepRounds(rng *rand.Rand, s *Survey) (rounds []Round) {
 // matter most: what every change should pass.
 func SmallRounds() (rounds []Round) {
 	add := func(v Victim, a Action, step, wire string) {
-		rounds = append(rounds, Round{Kind: "step", Victim: v, Action: a, Mode: "cow", Step: step, Wire: wire, Again: len(rounds)%5 == 0})
+		rounds = append(rounds, Round{Kind: "step", Victim: v, Action: a, Mode: "cow", Step: step, Wire: wire, Again: len(rounds)%5 == 0, Engine: engineOf(len(rounds), "cow")})
 	}
 	add(Agent, Kill, "greeting", "")
 	add(Agent, Kill, "command stop", "torn")
@@ -147,7 +155,7 @@ func RandomRounds(rng *rand.Rand, n, inPause int) (rounds []Round) {
 		if p.v != Agent && rng.IntN(3) == 0 {
 			p = pairs[0] // the agent is what dies most in practice
 		}
-		r := Round{Kind: "random", Victim: p.v, Action: p.a[rng.IntN(len(p.a))], Mode: "cow", Again: i%10 == 0}
+		r := Round{Kind: "random", Victim: p.v, Action: p.a[rng.IntN(len(p.a))], Mode: "cow", Again: i%10 == 0, Engine: engineOf(i, "cow")}
 		if i < inPause {
 			r.Kind, r.Step = "pause", pauseSteps[rng.IntN(len(pauseSteps))]
 			r.Delay = time.Duration(rng.Int64N(int64(8 * time.Millisecond)))

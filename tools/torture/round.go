@@ -25,6 +25,7 @@ type Round struct {
 	Victim   Victim        `json:"victim"`
 	Action   Action        `json:"action"`
 	Mode     string        `json:"mode"`               // of the checkpoint
+	Engine   string        `json:"engine,omitempty"`   // of mode cow; auto if empty
 	Step     string        `json:"step,omitempty"`     // message or log line to act at
 	Delay    time.Duration `json:"delay,omitempty"`    // after the step, or after the start
 	Fraction float64       `json:"fraction,omitempty"` // the same as a part of the usual length
@@ -35,6 +36,9 @@ type Round struct {
 
 func (r Round) String() string {
 	s := fmt.Sprintf("%s: %s of %s, mode %s", r.Kind, r.Action, r.Victim, r.Mode)
+	if r.Engine != "" {
+		s += ", engine " + r.Engine
+	}
 	if r.Step != "" {
 		s += fmt.Sprintf(", at %q", r.Step)
 	}
@@ -281,6 +285,9 @@ func (r *run) start() (ended chan struct{}, err error) {
 		dir = b.store
 	}
 	args := []string{"checkpoint", fmt.Sprint(b.PID()), "--qmp", b.proxy.Path(), "--store", dir, "--mode", r.round.Mode, "--keep-last", "0", "--json", "-v"}
+	if r.round.Engine != "" {
+		args = append(args, "--engine", r.round.Engine)
+	}
 	r.cmd = exec.Command(b.g.Binary, args...)
 	r.cmd.Env = append(os.Environ(), "CKAGENT_RUN_DIR="+b.state)
 	rd, wr, err := os.Pipe()

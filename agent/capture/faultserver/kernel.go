@@ -33,6 +33,7 @@ type kernelEngine struct {
 	pidfd int
 
 	base  []int  // by block: its first word in the programs' bitmaps
+	armed bool   // all of RAM was, once
 	epoch uint64 // of the capture, in every record
 	lost  uint64 // the programs' losses before it
 
@@ -93,12 +94,17 @@ func (e *kernelEngine) start() error {
 }
 
 // settle re-arms what was written, by a look at everything, and leaves behind which
-// pages freeze has to re-arm: those written since its beginning.
+// pages freeze has to re-arm: those written since its beginning. Right after the arm
+// there is no need: the log is exact, and short of being re-armed nothing is taken out.
 //
 // The bit of a page is set before its mark is taken off. Of a write in between neither
 // look may find anything to re-arm, so its bit must not be dropped: the second look
 // comes after the fault, for the bits that were dropped before the first.
 func (e *kernelEngine) settle() error {
+	if !e.armed {
+		e.armed = true
+		return e.s.failedWith()
+	}
 	e.collect()
 	for _, t := range e.s.tables {
 		for w, m := range t.dirty {

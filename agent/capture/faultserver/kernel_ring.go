@@ -19,14 +19,15 @@ type ringReader struct {
 	pages   uint64 // delivered
 	peak    uint64 // bytes that waited in the kernel's ring, at most
 
-	stoppedNS int64 // when the guest was seen stopped by the programs; 0: it runs
-	longest   int64 // such a stop
+	stoppedNS int64  // when the guest was seen stopped by the programs; 0: it runs
+	stoppedAt uint64 // bytes that waited in the ring then
+	longest   int64  // such a stop
 }
 
 const (
 	// readerNap is how long records gather: nobody waits for them, and to be woken for
 	// each would cost more than to copy it.
-	readerNap = 300 * time.Microsecond
+	readerNap = time.Millisecond
 	// roomWait is how long to wait for the store before looking around.
 	roomWait = 2 * time.Millisecond
 )
@@ -109,19 +110,23 @@ func (r *ringReader) release() {
 	if !r.e.progs.Stopped() {
 		return
 	}
-	now := heartbeat.NowNS()
+	now, waiting := heartbeat.NowNS(), r.e.progs.Waiting()
 	if r.stoppedNS == 0 {
-		r.stoppedNS = now
+		r.stoppedNS, r.stoppedAt = now, waiting
 	}
 	late := now-r.stoppedNS > r.e.s.cfg.MaxStall.Nanoseconds()
-	if !late && r.e.progs.Waiting() > uint64(r.e.s.cfg.RingBytes)/8*5 {
+	if !late && waiting > uint64(r.e.s.cfg.RingBytes)/8*5 {
 		return
 	}
 	r.longest = max(r.longest, now-r.stoppedNS)
 	r.stoppedNS = 0
 	if late {
 		r.e.progs.StopAbove(0)
-		r.e.s.fail(Stalled, "no room for pages the guest wants to write: the store took more than %v", r.e.s.cfg.MaxStall)
+		failure, how := Unproven, "too little"
+		if waiting >= r.stoppedAt { // then no other engine would get further
+			failure, how = Stalled, "nothing"
+		}
+		r.e.s.fail(failure, "no room for pages the guest wants to write: the store took %s in %v", how, r.e.s.cfg.MaxStall)
 	}
 	r.e.resume()
 }

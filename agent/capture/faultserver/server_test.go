@@ -291,9 +291,16 @@ func TestCaptureIsTheMemoryAtTheFreeze(t *testing.T) {
 // A page discarded behind our back has lost its content; the capture says so
 // instead of delivering zeros.
 func TestDiscardedPageIsNoticed(t *testing.T) {
-	for _, kind := range []source.Kind{source.Anonymous, source.Shared, source.PrivateFile} {
+	for _, c := range []struct {
+		kind   source.Kind
+		engine Engine
+	}{
+		{source.Anonymous, Synchronous}, {source.Shared, Synchronous}, {source.PrivateFile, Synchronous},
+		{source.Anonymous, Kernel}, {source.Shared, Kernel},
+	} {
+		kind := c.kind
 		g := newTarget(t, kind, 4096, false)
-		srv := startServer(t, g, nil)
+		srv := startServer(t, g, with(c.engine))
 		if err := srv.Prearm(t.Context()); err != nil {
 			t.Fatal(err)
 		}
@@ -314,7 +321,7 @@ func TestDiscardedPageIsNoticed(t *testing.T) {
 		drained := make(chan struct{})
 		go func() { defer close(drained); drain(t, srv, make([]byte, len(g.mem)), stop) }()
 		if err := srv.Wait(t.Context()); FailureOf(err) != Unproven {
-			t.Errorf("kind %d: %v, want %s", kind, err, Unproven)
+			t.Errorf("kind %d, engine %s: %v, want %s", kind, c.engine, err, Unproven)
 		}
 		close(stop)
 		<-drained
@@ -355,9 +362,10 @@ func TestHangingStoreDoesNotHoldTheGuest(t *testing.T) {
 
 // Killed at any time, the server takes its protection with it.
 func TestKilledServerFreesTheGuest(t *testing.T) {
-	for _, step := range []string{"prearmed", "frozen", "scanning"} {
+	for i, step := range []string{"prearmed", "frozen", "scanning", "prearmed", "frozen", "scanning"} {
+		engine := []Engine{Synchronous, Kernel}[i/3]
 		g := newTarget(t, source.Anonymous, 8192, false)
-		srv := startServer(t, g, nil)
+		srv := startServer(t, g, with(engine))
 		if err := srv.Prearm(t.Context()); err != nil {
 			t.Fatal(err)
 		}
@@ -379,7 +387,7 @@ func TestKilledServerFreesTheGuest(t *testing.T) {
 			g.write(p, 7)
 		}
 		if err := srv.Wait(t.Context()); FailureOf(err) != Broken {
-			t.Errorf("%s: %v, want %s", step, err, Broken)
+			t.Errorf("%s, %s: %v, want %s", engine, step, err, Broken)
 		}
 		if err := srv.Close(); err != nil {
 			t.Error(err)

@@ -79,6 +79,7 @@ var (
 	kept      = desc("checkpoints", "Checkpoints in the store.", "vm")
 	stored    = desc("checkpoint_stored_bytes", "Size of the VM's checkpoints in the store.", "vm")
 	pause     = desc("checkpoint_last_pause_seconds", "Pause of the VM's newest checkpoint.", "vm")
+	discarded = desc("checkpoint_last_discarded_attempts", "Attempts that were discarded before the VM's newest checkpoint succeeded, by the engine it was taken with.", "vm", "engine")
 	storeFree = desc("store_free_bytes", "Space left in the store's file system.")
 	storeSize = desc("store_size_bytes", "Size of the store's file system.")
 	storeUp   = desc("store_up", "1 if the store could be read.")
@@ -212,6 +213,7 @@ func (c *Collector) collectStore(gauge send) {
 		if !s.newest.CreatedAt.IsZero() {
 			gauge(success, float64(s.newest.CreatedAt.UnixNano())/second, vm)
 			gauge(pause, float64(s.newest.PauseNS)/second, vm)
+			gauge(discarded, float64(s.newest.Discarded), vm, s.newest.Engine)
 		}
 	}
 }
