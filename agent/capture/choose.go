@@ -34,6 +34,9 @@ func chooseEngine(ctx context.Context, t *vm.Target, asked Engine, proven func(c
 	if asked == EngineUffd {
 		return EngineUffd, "", nil
 	}
+	if asked == EngineAuto && t.Accel == "kvm" {
+		return EngineUffd, "engine bpf is experimental under KVM and is taken only if it is asked for", nil
+	}
 	lacks := errors.New("engine bpf was not tested on this host")
 	if proven != nil {
 		lacks = nil

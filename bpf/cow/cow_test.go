@@ -17,13 +17,19 @@ import (
 	"github.com/ckagent/ckagent/uffd/pagemap"
 )
 
-func TestMain(m *testing.M) { goleak.VerifyTestMain(m) }
+func TestMain(m *testing.M) {
+	if len(os.Args) == 2 && os.Args[1] == "faults" {
+		fmt.Println(faultCost())
+		os.Exit(0)
+	}
+	goleak.VerifyTestMain(m)
+}
 
 const asyncFeatures = uffd.FeaturePagefaultFlagWP | uffd.FeatureWPHugetlbfsShmem | uffd.FeatureWPUnpopulated | uffd.FeatureWPAsync
 
 // bed is memory of this process, tracked asynchronously, with the programs attached.
 type bed struct {
-	t     *testing.T
+	t     testing.TB
 	mem   []byte
 	start uint64
 	h     *uffd.Handle
@@ -38,7 +44,7 @@ type memory struct {
 	huge   bool
 }
 
-func newBed(t *testing.T, m memory, pages, ring int) *bed {
+func newBed(t testing.TB, m memory, pages, ring int) *bed {
 	t.Helper()
 	const align = 2 << 20
 	flags, fd := unix.MAP_PRIVATE|unix.MAP_ANONYMOUS, -1

@@ -32,7 +32,8 @@ func helperMain(args []string) (code int, ok bool) {
 	case guardian.Verb:
 		err = guardian.Main(ctx, args[1:])
 	case proving.Verb:
-		err = proving.Subject(append(args, "")[1])
+		args = append(args, "", "")
+		err = proving.Subject(args[1], args[2])
 	case guestagent.GuardVerb:
 		err = guestagent.GuardMain(ctx, args[1:])
 	case pager.VerbWorker:

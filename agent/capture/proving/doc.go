@@ -11,8 +11,9 @@
 // of RAM is a path of its own through the kernel and is proved by itself:
 //
 //   - tcg: a guest's store is a store of a thread of QEMU's, and so it is here.
-//   - kvm: not proved yet. A guest's store is a fault of the processor's second page
-//     tables, which only a virtual machine can raise.
+//   - kvm: a guest's store is a fault of the processor's second page tables, or is
+//     emulated; the subject makes a virtual machine whose guest writes. What KVM writes
+//     by itself into the RAM of larger guests (kvmclock) is not in the trial.
 //
 // # Life cycle
 //

@@ -25,8 +25,8 @@ func TestMain(m *testing.M) {
 	switch {
 	case len(os.Args) > 1 && os.Args[1] == capture.FaultServerVerb:
 		err = faultserver.Main(faultserver.Deps{Take: take, OpenControl: beat})
-	case len(os.Args) > 2 && os.Args[1] == Verb:
-		err = Subject(os.Args[2])
+	case len(os.Args) > 3 && os.Args[1] == Verb:
+		err = Subject(os.Args[2], os.Args[3])
 	default:
 		goleak.VerifyTestMain(m)
 	}
@@ -66,11 +66,13 @@ func TestLoad(t *testing.T) {
 		t.Logf("%+v", p)
 	}
 	for _, kind := range []source.Kind{source.Anonymous, source.Shared} {
-		if err := r.Proven("tcg", kind); err != nil {
-			t.Error(err)
+		for _, accel := range []string{"tcg", "kvm"} {
+			if err := r.Proven(accel, kind); err != nil {
+				t.Error(err)
+			}
 		}
 	}
-	for accel, kind := range map[string]source.Kind{"kvm": source.Anonymous, "tcg": source.PrivateFile} {
+	for accel, kind := range map[string]source.Kind{"xen": source.Anonymous, "tcg": source.PrivateFile} {
 		if err := r.Proven(accel, kind); err == nil || !strings.Contains(err.Error(), accel) {
 			t.Errorf("%s, kind %d: %v", accel, kind, err)
 		}
@@ -107,7 +109,8 @@ func TestLoad(t *testing.T) {
 
 // TestWrongByteIsSeen: a comparison with another memory fails.
 func TestComparison(t *testing.T) {
-	c := &comparison{want: make([]byte, subjectPages*pageBytes), seen: make([]bool, subjectPages), enough: make(chan struct{})}
+	w := wayOf("tcg", source.Anonymous)
+	c := newComparison(w, make([]byte, w.pages*pageBytes))
 	c.want[7*pageBytes+99] = 1
 	data := make([]byte, 2*pageBytes)
 	if err := c.compare(record(5, 2, data)); err != nil {
@@ -116,7 +119,7 @@ func TestComparison(t *testing.T) {
 	for _, r := range []struct {
 		first, pages uint64
 		says         string
-	}{{7, 1, "not what it was"}, {6, 1, "twice"}, {subjectPages, 1, "does not exist"}} {
+	}{{7, 1, "not what it was"}, {6, 1, "twice"}, {uint64(w.pages), 1, "does not exist"}} {
 		if err := c.compare(record(r.first, r.pages, data)); err == nil || !strings.Contains(err.Error(), r.says) {
 			t.Errorf("page %d: %v", r.first, err)
 		}

@@ -65,10 +65,12 @@ func loadFrom(ctx context.Context, file string, helper []string) (*Report, error
 		return r, nil
 	}
 	r := &Report{Schema: schema, BootID: boot, Binary: binary}
-	for _, kind := range []source.Kind{source.Anonymous, source.Shared} {
-		r.Paths = append(r.Paths, try(ctx, helper, kind))
-		if ctx.Err() != nil {
-			return nil, ctx.Err()
+	for _, accel := range []string{"tcg", "kvm"} {
+		for _, kind := range []source.Kind{source.Anonymous, source.Shared} {
+			r.Paths = append(r.Paths, try(ctx, helper, wayOf(accel, kind)))
+			if ctx.Err() != nil {
+				return nil, ctx.Err()
+			}
 		}
 	}
 	// Without the file the next one tries again.
@@ -76,11 +78,11 @@ func loadFrom(ctx context.Context, file string, helper []string) (*Report, error
 	return r, nil
 }
 
-func try(ctx context.Context, helper []string, kind source.Kind) Path {
+func try(ctx context.Context, helper []string, w way) Path {
 	begin := time.Now()
-	p := Path{Accel: "tcg", RAM: kindNames[kind]}
+	p := Path{Accel: w.accel, RAM: kindNames[w.kind]}
 	var err error
-	p.Pages, err = trial(ctx, helper, kind)
+	p.Pages, err = trial(ctx, helper, w)
 	p.TookNS = time.Since(begin).Nanoseconds()
 	if err != nil {
 		p.Detail = err.Error()

@@ -20,12 +20,27 @@ import (
 const Verb = "__proving"
 
 const (
-	pageBytes = source.PageBytes
-	// subjectPages is the memory of a subject; the last quarter is written by the kernel.
-	subjectPages = 4096
-	kernelFirst  = subjectPages / 4 * 3
+	pageBytes    = source.PageBytes
 	storeThreads = 3
 )
+
+// way is a way by which a subject's memory is written, and what its trial must have seen.
+type way struct {
+	accel string
+	kind  source.Kind
+	pages int
+	// kernelFirst is where the pages begin that the kernel writes; pages: nowhere.
+	kernelFirst int
+	// enough pages must have come by the kernel's ring, of each kind of writer.
+	enoughStores, enoughCopies uint64
+}
+
+func wayOf(accel string, kind source.Kind) way {
+	if accel == "kvm" {
+		return way{accel, kind, guestPages, guestPages, 100, 0}
+	}
+	return way{accel, kind, 4096, 3072, 200, 20}
+}
 
 // place is what a subject says of its memory.
 type place struct {
@@ -33,45 +48,38 @@ type place struct {
 }
 
 // Subject is the child process: it writes to its memory until its standard input ends.
-func Subject(kind string) error {
+func Subject(accel, kind string) error {
+	w := wayOf(accel, source.Anonymous)
+	size := w.pages * pageBytes
 	flags, fd := unix.MAP_PRIVATE|unix.MAP_ANONYMOUS, -1
 	if kind == kindNames[source.Shared] {
 		var err error
 		if fd, err = unix.MemfdCreate("proving", unix.MFD_CLOEXEC); err != nil {
 			return os.NewSyscallError("memfd_create", err)
 		}
-		if err := unix.Ftruncate(fd, subjectPages*pageBytes); err != nil {
+		if err := unix.Ftruncate(fd, int64(size)); err != nil {
 			return os.NewSyscallError("ftruncate", err)
 		}
 		flags = unix.MAP_SHARED
 	}
-	mem, err := unix.Mmap(fd, 0, subjectPages*pageBytes, unix.PROT_READ|unix.PROT_WRITE, flags)
+	mem, err := unix.Mmap(fd, 0, size, unix.PROT_READ|unix.PROT_WRITE, flags)
 	if err != nil {
 		return os.NewSyscallError("mmap", err)
 	}
-	for page := range subjectPages {
+	for page := range w.pages {
 		if page%8 < 6 { // the rest is absent when it is armed
 			fill(mem, page, 1)
 		}
 	}
-	content, err := unix.MemfdCreate("content", unix.MFD_CLOEXEC)
-	if err != nil {
-		return os.NewSyscallError("memfd_create", err)
-	}
-	for id := range storeThreads {
-		go func() { // ends with the process
-			runtime.LockOSThread()
-			rng := rand.New(rand.NewPCG(1, uint64(id)))
-			for seed := uint64(id) << 32; ; seed++ {
-				fill(mem, rng.IntN(kernelFirst), seed)
-			}
-		}()
-	}
 	failed := make(chan error, 1)
-	go func() { // ends with the process
-		runtime.LockOSThread()
-		failed <- copyIn(mem[kernelFirst*pageBytes:], content)
-	}()
+	if accel == "kvm" {
+		err = startGuest(mem, failed)
+	} else {
+		err = startThreads(mem, w.kernelFirst, failed)
+	}
+	if err != nil {
+		return err
+	}
 	if err := json.NewEncoder(os.Stdout).Encode(place{HVA: addressOf(mem)}); err != nil {
 		return err
 	}
@@ -86,6 +94,29 @@ func Subject(kind string) error {
 	case err := <-ended:
 		return err
 	}
+}
+
+// startThreads has threads store to the pages before kernelFirst, and the kernel copy
+// into the others. They end with the process.
+func startThreads(mem []byte, kernelFirst int, failed chan<- error) error {
+	content, err := unix.MemfdCreate("content", unix.MFD_CLOEXEC)
+	if err != nil {
+		return os.NewSyscallError("memfd_create", err)
+	}
+	for id := range storeThreads {
+		go func() {
+			runtime.LockOSThread()
+			rng := rand.New(rand.NewPCG(1, uint64(id)))
+			for seed := uint64(id) << 32; ; seed++ {
+				fill(mem, rng.IntN(kernelFirst), seed)
+			}
+		}()
+	}
+	go func() {
+		runtime.LockOSThread()
+		failed <- copyIn(mem[kernelFirst*pageBytes:], content)
+	}()
+	return nil
 }
 
 // fill writes a page such that a copy made in the middle of it shows.
@@ -114,13 +145,14 @@ func copyIn(mem []byte, content int) error {
 
 // subject is the child as its parent sees it.
 type subject struct {
+	way   way
 	cmd   *exec.Cmd
 	stdin io.WriteCloser
 	place place
 }
 
-func startSubject(helper []string, kind source.Kind) (s *subject, err error) {
-	s = &subject{cmd: exec.Command(helper[0], append(helper[1:len(helper):len(helper)], Verb, kindNames[kind])...)}
+func startSubject(helper []string, w way) (s *subject, err error) {
+	s = &subject{way: w, cmd: exec.Command(helper[0], append(helper[1:len(helper):len(helper)], Verb, w.accel, kindNames[w.kind])...)}
 	// One processor for its scheduler is not enough for threads that never yield.
 	s.cmd.Env = append(os.Environ(), fmt.Sprintf("GOMAXPROCS=%d", storeThreads+4))
 	s.cmd.SysProcAttr = &syscall.SysProcAttr{Pdeathsig: syscall.SIGKILL, Setsid: true}

@@ -22,29 +22,25 @@ import (
 )
 
 const (
-	rounds    = 2
-	ringBytes = 32 << 20 // holds the whole subject: a busy host is no reason to fail
-	patience  = 20 * time.Second
-	// Of either way to write, so many pages must have come by the kernel's ring for a
-	// trial to say something.
-	enoughStores = 200
-	enoughCopies = 20
+	rounds       = 2
+	ringBytes    = 32 << 20 // holds the whole subject: a busy host is no reason to fail
+	patience     = 20 * time.Second
 	stopPatience = 5 * time.Second
 	writeTime    = 3 * time.Second // to write so many
 )
 
 // trial captures a new subject's memory several times. It returns how many pages came
 // by the kernel's ring.
-func trial(ctx context.Context, helper []string, kind source.Kind) (byRing uint64, err error) {
+func trial(ctx context.Context, helper []string, w way) (byRing uint64, err error) {
 	ctx, cancel := context.WithTimeout(ctx, patience)
 	defer cancel()
-	s, err := startSubject(helper, kind)
+	s, err := startSubject(helper, w)
 	if err != nil {
 		return 0, err
 	}
 	defer s.end()
 	for range rounds {
-		n, err := s.capture(ctx, helper, kind)
+		n, err := s.capture(ctx, helper)
 		if byRing += n; err != nil {
 			return byRing, err
 		}
@@ -53,19 +49,23 @@ func trial(ctx context.Context, helper []string, kind source.Kind) (byRing uint6
 }
 
 // capture takes one capture and compares it.
-func (s *subject) capture(ctx context.Context, helper []string, kind source.Kind) (byRing uint64, err error) {
+func (s *subject) capture(ctx context.Context, helper []string) (byRing uint64, err error) {
 	control, page, err := guardian.CreateControl()
 	if err != nil {
 		return 0, err
 	}
 	defer func() { err = errors.Join(err, control.Close(), page.Close()) }()
 	pid := s.cmd.Process.Pid
-	blocks := []source.Block{{HVA: s.place.HVA, Pages: subjectPages, Kind: kind}}
+	blocks := []source.Block{{HVA: s.place.HVA, Pages: uint64(s.way.pages), Kind: s.way.kind}}
+	var guest []faultserver.GuestRange
+	if s.way.accel == "kvm" {
+		guest = []faultserver.GuestRange{{Bytes: blocks[0].Pages * pageBytes, Host: s.place.HVA}}
+	}
 	srv, err := faultserver.New(faultserver.Start{
 		Self: helper[0], Args: append(helper[1:len(helper):len(helper)], capture.FaultServerVerb), Control: page,
 		FaultRingPages: 2048, ScanRingPages: 1024,
 		Config: faultserver.Config{QEMUPID: pid, Blocks: blocks, FaultThreads: 1, ScanThreads: 1, FaultAround: 1,
-			MaxStall: time.Second, Engine: faultserver.Kernel, RingBytes: ringBytes},
+			MaxStall: time.Second, Engine: faultserver.Kernel, RingBytes: ringBytes, Guest: guest},
 	})
 	if err != nil {
 		return 0, err
@@ -84,7 +84,7 @@ func (s *subject) capture(ctx context.Context, helper []string, kind source.Kind
 	if err != nil {
 		return 0, err
 	}
-	c := &comparison{want: want, seen: make([]bool, subjectPages), enough: make(chan struct{})}
+	c := newComparison(s.way, want)
 	drained := make(chan error, 1)
 	drainCtx, stop := context.WithCancel(ctx)
 	defer stop()
@@ -132,7 +132,7 @@ func (s *subject) freeze(ctx context.Context, srv *faultserver.Client, blocks []
 		return nil, err
 	}
 	defer src.Close()
-	want = make([]byte, subjectPages*pageBytes)
+	want = make([]byte, s.way.pages*pageBytes)
 	var reads []error
 	err = src.Each(0, func(r source.Run) {
 		if !r.Zero {
@@ -175,12 +175,18 @@ func awaitStopped(ctx context.Context, pid int) error {
 
 // comparison looks at each captured page as it comes.
 type comparison struct {
+	way  way
 	want []byte
 
 	mu             sync.Mutex
 	seen           []bool
 	stores, copies uint64 // pages that came by the ring, by who wrote them
 	enough         chan struct{}
+	once           sync.Once
+}
+
+func newComparison(w way, want []byte) *comparison {
+	return &comparison{way: w, want: want, seen: make([]bool, w.pages), enough: make(chan struct{})}
 }
 
 func (c *comparison) byRing() uint64 {
@@ -226,7 +232,7 @@ func (c *comparison) compare(rec arena.Record) error {
 	defer c.mu.Unlock()
 	for i := range rec.Pages {
 		page := rec.First + i
-		if page >= subjectPages || c.seen[page] {
+		if page >= uint64(c.way.pages) || c.seen[page] {
 			return fmt.Errorf("page %d came twice or does not exist", page)
 		}
 		c.seen[page] = true
@@ -240,17 +246,13 @@ func (c *comparison) compare(rec arena.Record) error {
 		if rec.Origin != arena.ByFault {
 			continue
 		}
-		if page < kernelFirst {
+		if page < uint64(c.way.kernelFirst) {
 			c.stores++
 		} else {
 			c.copies++
 		}
-		if c.stores == enoughStores && c.copies >= enoughCopies || c.copies == enoughCopies && c.stores >= enoughStores {
-			select {
-			case <-c.enough:
-			default:
-				close(c.enough)
-			}
+		if c.stores >= c.way.enoughStores && c.copies >= c.way.enoughCopies {
+			c.once.Do(func() { close(c.enough) })
 		}
 	}
 	return nil
@@ -260,7 +262,7 @@ func (c *comparison) compare(rec arena.Record) error {
 func (c *comparison) whole() error {
 	c.mu.Lock()
 	defer c.mu.Unlock()
-	if c.stores < enoughStores || c.copies < enoughCopies {
+	if c.stores < c.way.enoughStores || c.copies < c.way.enoughCopies {
 		return fmt.Errorf("too few pages came by the ring: %d that threads wrote, %d that the kernel wrote", c.stores, c.copies)
 	}
 	for page, seen := range c.seen {
