@@ -34,7 +34,7 @@ func FuzzManifest(f *testing.F) {
 	f.Add(data, true)
 	f.Add(data, false)
 	f.Add(bytes.Replace(data, []byte(`"version": 1`), []byte(`"version": 2`), 1), true)
-	f.Add(bytes.Replace(data, []byte(`"minor": 1,`), []byte(`"minor": 2, "new": [1],`), 1), true)
+	f.Add(bytes.Replace(data, []byte(`"minor": 2,`), []byte(`"minor": 3, "new": [1],`), 1), true)
 	f.Add([]byte("{\n  \"checksum\": \"xxh64:0000000000000000\"\n}\n"), true)
 	f.Fuzz(func(t *testing.T, data []byte, repair bool) {
 		if repair && len(data) >= trailerBytes {

@@ -30,8 +30,11 @@ type lane struct {
 	parts  [][]byte // of the slice at hand
 	partsN int      // bytes in parts
 	part1  [1][]byte
+	tag    Tag // of the page at hand
 	comp   *compressor
 	out    []byte // frames not yet written
+	chosen []int  // pages of the slice at hand that go into the next frame
+	gather []byte // them, where they do not lie in a row
 }
 
 // takeLane hands out an idle lane, the last one used first (its buffers are
@@ -75,11 +78,11 @@ func (w *Writer) room(s **segment, kind SegmentKind, n int) error {
 	}
 	w.segs.Lock()
 	defer w.segs.Unlock()
-	index := len(w.segs.list)
+	index := len(w.base) + len(w.segs.list)
 	if index == MaxSegments {
 		return problem.New(problem.Refused, "start segment", w.dir, "more than %d segments", MaxSegments)
 	}
-	name := fmt.Sprintf(segmentPattern, index)
+	name := w.fileName(fmt.Sprintf(segmentPattern, len(w.segs.list)))
 	path := filepath.Join(w.dir, name)
 	f, err := w.fs.Create(path)
 	if err != nil {
@@ -131,35 +134,41 @@ func (l *lane) write(w *Writer, block int, first uint64, data []byte) (zeros, st
 // writeRaw hashes one slice page by page and writes its runs of non-zero pages
 // in one call, straight from the caller's memory.
 func (l *lane) writeRaw(w *Writer, block int, first uint64, data []byte) (zeros, stored uint64, err error) {
-	if err := w.room(&l.raw, SegmentRaw, len(data)); err != nil {
-		return 0, 0, err
-	}
 	page := int(w.blocks[block].PageBytes)
+	number := w.layout.firstEntry[block] + first
 	entries := w.entriesOf(block, first, uint64(len(data)/page))
 	zero := zeroPage[:page]
 	zeroSum := w.zeroSum[block]
-	off := l.raw.size
+	var off uint64
 	l.parts = l.parts[:0]
-	run := 0 // start of the run of non-zero pages that ends here
-	for i := 0; i < len(data); i += page {
+	run := 0 // start of the run of pages to store that ends here
+	for i := 0; i < len(data); i, number, entries = i+page, number+1, entries[entryBytes:] {
 		p := data[i : i+page]
-		if p[0] == 0 && bytes.Equal(p, zero) {
+		isZero := p[0] == 0 && bytes.Equal(p, zero)
+		if isZero {
 			putEntry(entries, zeroLocation, zeroSum)
 			zeros++
+		}
+		if isZero || l.settled(w, number, p) {
 			if i > run {
 				l.parts = append(l.parts, data[run:i])
 			}
 			run = i + page
-		} else {
-			putEntry(entries, rawLocation(l.raw.index, off), xxhash.Sum64(p))
-			off += uint64(page)
+			continue
 		}
-		entries = entries[entryBytes:]
+		if stored == 0 { // the first one: only now is a segment needed
+			if err := w.room(&l.raw, SegmentRaw, len(data)-i); err != nil {
+				return zeros, 0, err
+			}
+			off = l.raw.size
+		}
+		putEntry(entries, rawLocation(l.raw.index, off+stored), xxhash.Sum64(p))
+		w.known(number, 1, uint64(page))
+		stored += uint64(page)
 	}
 	if run < len(data) {
 		l.parts = append(l.parts, data[run:])
 	}
-	stored = off - l.raw.size
 	if stored == 0 {
 		return zeros, 0, nil
 	}
@@ -171,25 +180,35 @@ func (l *lane) writeRaw(w *Writer, block int, first uint64, data []byte) (zeros,
 func (l *lane) writeFrames(w *Writer, block int, first uint64, data []byte) (zeros, stored uint64, err error) {
 	b := w.blocks[block]
 	page := int(b.PageBytes)
-	entries := w.entriesOf(block, first, uint64(len(data)/page))
+	number := w.layout.firstEntry[block] + first
 	l.parts, l.partsN = l.parts[:0], 0
-	for i := 0; i < len(data); {
-		if IsZero(data[i : i+page]) {
-			putEntry(entries[i/page*entryBytes:], zeroLocation, w.zeroSum[block])
-			zeros++
-			i += page
-			continue
-		}
-		end := i + page
-		for end < len(data) && (end-i)/page < framePages(b.PageBytes) && !IsZero(data[end:end+page]) {
-			end += page
-		}
-		n, err := l.frame(w, b, data[i:end], entries[i/page*entryBytes:])
+	l.chosen = l.chosen[:0]
+	put := func() error {
+		n, err := l.frame(w, b, number, data)
 		stored += n
-		if err != nil {
+		l.chosen = l.chosen[:0]
+		return err
+	}
+	for i := range len(data) / page {
+		p := data[i*page : (i+1)*page]
+		isZero := IsZero(p)
+		if isZero {
+			putEntry(w.entries[(number+uint64(i))*entryBytes:], zeroLocation, w.zeroSum[block])
+			zeros++
+		}
+		if !isZero && !l.settled(w, number+uint64(i), p) {
+			if l.chosen = append(l.chosen, i); len(l.chosen) < framePages(b.PageBytes) {
+				continue
+			}
+		} else if w.tags != nil {
+			continue // a frame goes on behind pages that need none
+		}
+		if err := put(); err != nil {
 			return zeros, stored, err
 		}
-		i = end
+	}
+	if err := put(); err != nil {
+		return zeros, stored, err
 	}
 	if err := l.flushRaw(w); err != nil {
 		return zeros, stored, err
@@ -197,10 +216,29 @@ func (l *lane) writeFrames(w *Writer, block int, first uint64, data []byte) (zer
 	return zeros, stored, l.flush(w)
 }
 
-// frame stores one run of non-zero pages, at most a frame's worth.
-func (l *lane) frame(w *Writer, b Block, run, entries []byte) (stored uint64, err error) {
+// frame stores the chosen pages of data, at most a frame's worth; number is that of
+// data's first page.
+func (l *lane) frame(w *Writer, b Block, number uint64, data []byte) (stored uint64, err error) {
+	k := len(l.chosen)
+	if k == 0 {
+		return 0, nil
+	}
 	page := int(b.PageBytes)
-	if f := l.comp.frame(run, pageShift(b.PageBytes)); f != nil {
+	at := func(i int) []byte { return data[l.chosen[i]*page:][:page] }
+	put := func(i int, place location) {
+		n := number + uint64(l.chosen[i])
+		putEntry(w.entries[n*entryBytes:], place, xxhash.Sum64(at(i)))
+		w.known(n, 1, b.PageBytes)
+	}
+	content := data[l.chosen[0]*page : (l.chosen[k-1]+1)*page]
+	if len(content) > k*page { // with gaps
+		l.gather = l.gather[:0]
+		for i := range k {
+			l.gather = append(l.gather, at(i)...)
+		}
+		content = l.gather
+	}
+	if f := l.comp.frame(content, pageShift(b.PageBytes)); f != nil {
 		if len(l.out)+len(f) > cap(l.out) ||
 			l.frames != nil && l.frames.size+uint64(len(l.out)+len(f)) > w.o.SegmentBytes {
 			// Also before another segment: what is collected has its place in this one.
@@ -212,8 +250,8 @@ func (l *lane) frame(w *Writer, b Block, run, entries []byte) (stored uint64, er
 			return 0, err
 		}
 		off := l.frames.size + uint64(len(l.out))
-		for i := 0; i*page < len(run); i++ {
-			putEntry(entries[i*entryBytes:], frameLocation(l.frames.index, off, i), xxhash.Sum64(run[i*page:(i+1)*page]))
+		for i := range k {
+			put(i, frameLocation(l.frames.index, off, i))
 		}
 		if len(f) > cap(l.out) { // a huge page: too large to collect
 			l.part1[0] = f
@@ -222,21 +260,29 @@ func (l *lane) frame(w *Writer, b Block, run, entries []byte) (stored uint64, er
 		l.out = append(l.out, f...)
 		return uint64(len(f)), nil
 	}
-	if l.partsN > 0 && l.raw.size+uint64(l.partsN+len(run)) > w.o.SegmentBytes {
+	n := k * page
+	if l.partsN > 0 && l.raw.size+uint64(l.partsN+n) > w.o.SegmentBytes {
 		if err := l.flushRaw(w); err != nil {
 			return 0, err
 		}
 	}
-	if err := w.room(&l.raw, SegmentRaw, l.partsN+len(run)); err != nil {
+	if err := w.room(&l.raw, SegmentRaw, l.partsN+n); err != nil {
 		return 0, err
 	}
 	off := l.raw.size + uint64(l.partsN)
-	for i := 0; i*page < len(run); i++ {
-		putEntry(entries[i*entryBytes:], rawLocation(l.raw.index, off+uint64(i*page)), xxhash.Sum64(run[i*page:(i+1)*page]))
+	for i := range k {
+		put(i, rawLocation(l.raw.index, off+uint64(i*page)))
 	}
-	l.parts = append(l.parts, run)
-	l.partsN += len(run)
-	return uint64(len(run)), nil
+	for i := 0; i < k; { // rows of pages, from where they lie
+		row := i + 1
+		for row < k && l.chosen[row] == l.chosen[row-1]+1 {
+			row++
+		}
+		l.parts = append(l.parts, data[l.chosen[i]*page:(l.chosen[row-1]+1)*page])
+		i = row
+	}
+	l.partsN += n
+	return uint64(n), nil
 }
 
 // flushRaw writes the runs that did not shrink.

@@ -7,6 +7,7 @@ const (
 	MaxBlocks           = 4096
 	MaxBlockRanges      = 4096 // of one block, by guest physical address
 	MaxSegments         = 1 << segmentBits
+	MaxDepth            = 4096
 	MaxRAMBytes         = 16 << 40 // all blocks together
 	MinPageBytes        = 4 << 10
 	MaxPageBytes        = 2 << 20

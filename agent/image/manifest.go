@@ -9,10 +9,11 @@ import (
 const (
 	FormatName   = "ckagent-checkpoint"
 	FormatMajor  = 1
-	FormatMinor  = 1
+	FormatMinor  = 2
 	ManifestName = "manifest.json"
 
 	pagemapName     = "pagemap"
+	tagsName        = "tags"
 	deviceStateName = "device-state"
 	segmentPattern  = "seg-%04d"
 )
@@ -28,12 +29,16 @@ type Manifest struct {
 	ID        string    `json:"id"`
 	VM        string    `json:"vm"`
 	CreatedAt time.Time `json:"created_at"` // the stopped instant, UTC
-	Parent    string    `json:"parent,omitempty"`
-	GroupID   string    `json:"group_id,omitempty"` // checkpoints of several VMs at one cut
-	Epoch     uint64    `json:"epoch,omitempty"`    // binds memory, disks and held packets
-	Mode      string    `json:"mode"`               // stop, buffer, cow, ...
-	Engine    string    `json:"engine"`             // uffd, bpf, none
-	Writer    string    `json:"writer,omitempty"`   // name and version of the program
+	// Parent is the checkpoint whose unchanged pages this one took over, and Depth how
+	// many such steps there are to one that stored every page itself. Nothing is read
+	// from the parent: it may be gone.
+	Parent  string `json:"parent,omitempty"`
+	Depth   int    `json:"depth,omitempty"`
+	GroupID string `json:"group_id,omitempty"` // checkpoints of several VMs at one cut
+	Epoch   uint64 `json:"epoch,omitempty"`    // binds memory, disks and held packets
+	Mode    string `json:"mode"`               // stop, buffer, cow, ...
+	Engine  string `json:"engine"`             // uffd, bpf, none
+	Writer  string `json:"writer,omitempty"`   // name and version of the program
 
 	QEMU    QEMU    `json:"qemu"`
 	Machine Machine `json:"machine"`
@@ -42,6 +47,7 @@ type Manifest struct {
 	DeviceState FileRef    `json:"device_state"`
 	Pagemap     PagemapRef `json:"pagemap"`
 	Segments    []Segment  `json:"segments"`
+	Tags        *TagsRef   `json:"tags,omitempty"` // nil: no child can be made of it
 	Stats       Stats      `json:"stats"`
 	// Disks are the writable drives, in the order of QEMU's list.
 	Disks []Disk `json:"disks,omitempty"`
@@ -163,6 +169,22 @@ type Segment struct {
 	Name  string      `json:"name"`
 	Bytes uint64      `json:"bytes"`
 	Kind  SegmentKind `json:"kind"`
+	// Owner is the checkpoint it was written for, if that is another one, and VM that
+	// one's VM, if that is another one.
+	Owner string `json:"owner,omitempty"`
+	VM    string `json:"vm,omitempty"`
+	// Pages is how many pages of this checkpoint lie in it. Only with FeatureChain.
+	Pages uint64 `json:"pages,omitempty"`
+}
+
+// InheritedBytes is the size of the segments that were written for other checkpoints.
+func (m *Manifest) InheritedBytes() (sum uint64) {
+	for i := range m.Segments {
+		if m.Segments[i].Owner != "" {
+			sum += m.Segments[i].Bytes
+		}
+	}
+	return sum
 }
 
 // Stats are the figures of one checkpoint. RAMBytes, Pages, ZeroPages and
@@ -176,7 +198,7 @@ type Stats struct {
 	Pages         uint64 `json:"pages"`          // of all blocks
 	ZeroPages     uint64 `json:"zero_pages"`     // recorded as zero, not stored
 	CapturedPages uint64 `json:"captured_pages"` // saved by a fault, not by the scan
-	StoredBytes   uint64 `json:"stored_bytes"`   // all files but manifest and volumes
+	StoredBytes   uint64 `json:"stored_bytes"`   // all files written for it but manifest and volumes
 	// DiskBytes is what the volumes written for this checkpoint take.
 	DiskBytes uint64 `json:"disk_bytes,omitempty"`
 }

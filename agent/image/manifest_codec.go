@@ -47,6 +47,9 @@ func EncodeManifest(m *Manifest) ([]byte, error) {
 			c.Requires = append(slices.Clone(c.Requires), FeatureDisks)
 		}
 	}
+	if c.needsChain() && !slices.Contains(c.Requires, FeatureChain) {
+		c.Requires = append(slices.Clone(c.Requires), FeatureChain)
+	}
 	c.CreatedAt = c.CreatedAt.UTC().Round(0)
 	if err := c.Validate(); err != nil {
 		return nil, problem.New(problem.Failed, op, m.ID, "%w", err)

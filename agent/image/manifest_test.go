@@ -57,8 +57,8 @@ func TestManifestRefusals(t *testing.T) {
 		"future and new fields": {`"version": 1`, `"version": 2, "x": {}`, problem.Refused},
 		"future and new types":  {`"version": 1,`, `"version": 2, "blocks": "none", `, problem.Integrity}, // the key is there twice
 		"feature":               {`"requires": []`, `"requires": ["deltas"]`, problem.Refused},
-		"minor with new field":  {`"minor": 1`, `"minor": 2, "x": {"y": [1]}`, ""},
-		"unknown field":         {`"minor": 1`, `"minor": 1, "x": 1`, problem.Integrity},
+		"minor with new field":  {`"minor": 2`, `"minor": 3, "x": {"y": [1]}`, ""},
+		"unknown field":         {`"minor": 2`, `"minor": 2, "x": 1`, problem.Integrity},
 		"range beyond block":    {`"bytes": 40960`, `"bytes": 99999999999`, problem.Integrity},
 		"range of nothing":      {`"bytes": 40960`, `"bytes": 0`, problem.Integrity},
 		"range beyond 64 bits":  {`"gpa": 4294967296`, `"gpa": 18446744073709551000`, problem.Integrity},
@@ -67,7 +67,7 @@ func TestManifestRefusals(t *testing.T) {
 		"key twice":             {`"mode": "cow"`, `"mode": "cow", "mode": "stop"`, problem.Integrity},
 		"key twice, other case": {`"mode": "cow"`, `"mode": "cow", "Mode": "stop"`, problem.Integrity},
 		"null":                  {`"mode": "cow"`, `"mode": null`, problem.Integrity},
-		"deep":                  {`"minor": 1`, `"minor": 2, "x": ` + long, problem.Integrity},
+		"deep":                  {`"minor": 2`, `"minor": 3, "x": ` + long, problem.Integrity},
 		"path up":               {`"name": "pagemap"`, `"name": "../pagemap"`, problem.Integrity},
 		"absolute path":         {`"name": "pagemap"`, `"name": "/pagemap"`, problem.Integrity},
 		"hidden":                {`"name": "pagemap"`, `"name": ".pagemap"`, problem.Integrity},
@@ -116,9 +116,17 @@ func TestManifestRefusals(t *testing.T) {
 
 func TestEncodeRefuses(t *testing.T) {
 	for name, change := range map[string]func(m *Manifest){
-		"no id":          func(m *Manifest) { m.ID = "" },
-		"id with slash":  func(m *Manifest) { m.ID = "a/b" },
-		"own parent":     func(m *Manifest) { m.Parent = m.ID },
+		"no id":         func(m *Manifest) { m.ID = "" },
+		"id with slash": func(m *Manifest) { m.ID = "a/b" },
+		"own parent":    func(m *Manifest) { m.Parent = m.ID },
+		"deep, orphan":  func(m *Manifest) { m.Depth = 1 },
+		"too deep":      func(m *Manifest) { m.Parent, m.Depth = "p", MaxDepth+1 },
+		"own owner":     func(m *Manifest) { m.Segments[0].Owner = m.ID },
+		"VM, no owner":  func(m *Manifest) { m.Segments[0].VM = "b" },
+		"pages":         func(m *Manifest) { m.Segments[0].Pages = m.Stats.Pages + 1 },
+		"few tags": func(m *Manifest) {
+			m.Tags = &TagsRef{FileRef: FileRef{Name: "tags"}, Scope: "x", Key: "0011223344556677"}
+		},
 		"no VM":          func(m *Manifest) { m.VM = "" },
 		"not UTF-8":      func(m *Manifest) { m.Machine.Argv = []string{"\xff"} },
 		"too long":       func(m *Manifest) { m.Machine.Argv = []string{strings.Repeat("x", MaxManifestBytes)} },

@@ -111,7 +111,7 @@ const (
 	kindZero   = 1
 	kindRaw    = 2
 	kindFrame  = 3
-	kindParent = 4 // reserved: the parent has this page
+	kindParent = 4 // reserved, and used nowhere: what the parent had is referred to where it lies
 
 	kindShift    = 61
 	segmentShift = 48
@@ -149,7 +149,7 @@ func (l location) check(segments []Segment, pageBytes uint64) error {
 	case kindAbsent:
 		return fmt.Errorf("location %#016x: the page was never stored", uint64(l))
 	case kindParent:
-		return fmt.Errorf("location %#016x: refers to a parent, which version %d does not have", uint64(l), FormatMajor)
+		return fmt.Errorf("location %#016x: refers to a parent, which version %d.%d does not do", uint64(l), FormatMajor, FormatMinor)
 	case kindRaw, kindFrame:
 	default:
 		return fmt.Errorf("location %#016x: unknown kind %d", uint64(l), l.kind())

@@ -224,14 +224,18 @@ func (r *Reader) entry(block int, page uint64) (location, uint64, error) {
 		}
 	}
 	l, sum := getEntry(c.entries[page%chunkEntries*entryBytes:])
-	b := &r.manifest.Blocks[block]
-	if err := l.check(r.manifest.Segments, b.PageBytes); err != nil {
-		return 0, 0, r.entryError(block, page, err)
+	return l, sum, r.checkEntry(block, page, l, sum)
+}
+
+// checkEntry bounds what an entry says.
+func (r *Reader) checkEntry(block int, page uint64, l location, sum uint64) error {
+	if err := l.check(r.manifest.Segments, r.manifest.Blocks[block].PageBytes); err != nil {
+		return r.entryError(block, page, err)
 	}
 	if l == zeroLocation && sum != r.zeroSum[block] {
-		return 0, 0, r.entryError(block, page, fmt.Errorf("zero page with checksum %016x: expected %016x", sum, r.zeroSum[block]))
+		return r.entryError(block, page, fmt.Errorf("zero page with checksum %016x: expected %016x", sum, r.zeroSum[block]))
 	}
-	return l, sum, nil
+	return nil
 }
 
 func (r *Reader) entryError(block int, page uint64, err error) error {

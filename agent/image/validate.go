@@ -1,15 +1,28 @@
 package image
 
 import (
+	"encoding/hex"
 	"errors"
 	"fmt"
 	"math"
+	"slices"
 	"strings"
 	"unicode/utf8"
 )
 
 // knownFeatures are the entries of Manifest.Requires this version understands.
-var knownFeatures = map[string]bool{FeatureDisks: true}
+var knownFeatures = map[string]bool{FeatureDisks: true, FeatureChain: true}
+
+// FeatureChain is required of the reader of a checkpoint whose pages share places, with
+// each other or with other checkpoints.
+const FeatureChain = "chain"
+
+// needsChain reports whether the manifest says what FeatureChain stands for.
+func (m *Manifest) needsChain() bool {
+	return m.Tags != nil || m.Depth != 0 || slices.ContainsFunc(m.Segments, func(s Segment) bool {
+		return s.Owner != "" || s.VM != "" || s.Pages != 0
+	})
+}
 
 // ValidFileName reports whether a name found in a manifest may be opened: one
 // path component of plain characters that starts with a letter. That leaves out
@@ -121,6 +134,12 @@ func (m *Manifest) Validate() error {
 	if m.Parent != "" && (!ValidID(m.Parent) || m.Parent == m.ID) {
 		return fmt.Errorf("bad parent %.80q", m.Parent)
 	}
+	if m.Depth < 0 || m.Depth > MaxDepth || m.Depth > 0 && m.Parent == "" {
+		return fmt.Errorf("depth %d with parent %.80q", m.Depth, m.Parent)
+	}
+	if m.needsChain() != slices.Contains(m.Requires, FeatureChain) {
+		return fmt.Errorf("tags, depth or shared segments and requires %q do not go together", m.Requires)
+	}
 	if m.GroupID != "" && !ValidID(m.GroupID) {
 		return fmt.Errorf("bad group %.80q", m.GroupID)
 	}
@@ -178,6 +197,14 @@ func (m *Manifest) validateFiles() error {
 	if err := name(m.Pagemap.Name); err != nil {
 		return err
 	}
+	if t := m.Tags; t != nil {
+		if err := name(t.Name); err != nil {
+			return err
+		}
+		if err := t.validate(m); err != nil {
+			return fmt.Errorf("tags: %w", err)
+		}
+	}
 	l := layoutOf(m.Blocks)
 	if m.Pagemap.HeadBytes != l.headBytes || m.Pagemap.Bytes != l.fileBytes() {
 		return fmt.Errorf("pagemap of %d bytes with a head of %d: these blocks take %d and %d",
@@ -186,6 +213,9 @@ func (m *Manifest) validateFiles() error {
 	for _, s := range m.Segments {
 		if err := name(s.Name); err != nil {
 			return err
+		}
+		if err := s.validateOwner(m); err != nil {
+			return fmt.Errorf("segment %s: %w", s.Name, err)
 		}
 		if s.Bytes > maxSegmentBytes {
 			return fmt.Errorf("segment %s of %d bytes: more than %d", s.Name, s.Bytes, uint64(maxSegmentBytes))
@@ -220,11 +250,43 @@ func (m *Manifest) validateStats() error {
 		return fmt.Errorf("%d zero and %d captured pages of %d", s.ZeroPages, s.CapturedPages, pages)
 	}
 	stored := m.DeviceState.Bytes + m.Pagemap.Bytes
+	if m.Tags != nil {
+		stored += m.Tags.Bytes
+	}
 	for _, seg := range m.Segments {
-		stored += seg.Bytes
+		if seg.Owner == "" {
+			stored += seg.Bytes
+		}
 	}
 	if s.StoredBytes != stored {
 		return fmt.Errorf("%d bytes stored: the files have %d", s.StoredBytes, stored)
+	}
+	return nil
+}
+
+// validateOwner checks what a segment says about where it comes from.
+func (s *Segment) validateOwner(m *Manifest) error {
+	switch {
+	case s.Owner != "" && (!ValidID(s.Owner) || s.Owner == m.ID):
+		return fmt.Errorf("bad owner %.80q", s.Owner)
+	case s.VM != "" && (s.Owner == "" || s.VM == m.VM || len(s.VM) > MaxNameBytes || !utf8.ValidString(s.VM)):
+		return fmt.Errorf("bad VM %.80q", s.VM)
+	case s.Pages > m.Stats.Pages:
+		return fmt.Errorf("%d pages: the checkpoint has %d", s.Pages, m.Stats.Pages)
+	}
+	return nil
+}
+
+// validate checks the tags against the blocks: one for each page that is not zeros.
+func (t *TagsRef) validate(m *Manifest) error {
+	if n := m.Stats.Pages - min(m.Stats.ZeroPages, m.Stats.Pages); t.Bytes != n*TagBytes {
+		return fmt.Errorf("%d bytes for %d pages that are not zeros", t.Bytes, n)
+	}
+	if t.Scope == "" || len(t.Scope) > maxScopeBytes || !utf8.ValidString(t.Scope) {
+		return fmt.Errorf("bad scope %.80q", t.Scope)
+	}
+	if id, err := hex.DecodeString(t.Key); err != nil || len(id) != keyIDBytes || strings.ToLower(t.Key) != t.Key {
+		return fmt.Errorf("bad key %.80q", t.Key)
 	}
 	return nil
 }

@@ -14,7 +14,8 @@ import (
 const verifyBytes = 1 << 20
 
 // Verify reads everything: every page against its checksum, the whole pagemap,
-// the device state, and every byte of a segment that no page accounts for. It
+// the device state, the tags, and of the segments written for this checkpoint every
+// byte that no page accounts for. It
 // uses at most four goroutines. progress, if not nil, is called now and then with
 // the bytes of RAM checked so far and in all, never concurrently.
 func (r *Reader) Verify(ctx context.Context, progress func(done, total uint64)) error {
@@ -22,7 +23,12 @@ func (r *Reader) Verify(ctx context.Context, progress func(done, total uint64)) 
 	if _, err := r.DeviceState(ctx); err != nil {
 		return err
 	}
-	v := verifier{r: r, progress: progress, total: r.manifest.Stats.RAMBytes}
+	if r.manifest.Tags != nil {
+		if _, err := r.readTags(); err != nil {
+			return err
+		}
+	}
+	v := verifier{r: r, progress: progress, total: r.manifest.Stats.RAMBytes, pagesIn: make([]uint64, len(r.manifest.Segments))}
 	g, gctx := errgroup.WithContext(ctx)
 	g.SetLimit(min(runtime.GOMAXPROCS(0), 4))
 	for i, b := range r.manifest.Blocks {
@@ -58,6 +64,7 @@ type verifier struct {
 	mu      sync.Mutex
 	done    uint64
 	extents []extent
+	pagesIn []uint64 // per segment
 }
 
 // extent is a part of a segment that pages account for.
@@ -71,6 +78,7 @@ func (v *verifier) pages(ctx context.Context, block int, first, n uint64) error 
 	size := r.manifest.Blocks[block].PageBytes
 	buf := make([]byte, min(max(verifyBytes, size), n*size))
 	var extents []extent
+	pagesIn := make([]uint64, len(v.pagesIn))
 	for done := uint64(0); done < n; {
 		if ctx.Err() != nil {
 			return ctx.Err()
@@ -81,7 +89,7 @@ func (v *verifier) pages(ctx context.Context, block int, first, n uint64) error 
 			return err
 		}
 		v.zeros.Add(zeros)
-		if extents, err = r.appendExtents(extents, block, first+done, k); err != nil {
+		if extents, err = r.appendExtents(extents, pagesIn, block, first+done, k); err != nil {
 			return err
 		}
 		done += k
@@ -94,12 +102,16 @@ func (v *verifier) pages(ctx context.Context, block int, first, n uint64) error 
 	}
 	v.mu.Lock()
 	v.extents = append(v.extents, extents...)
+	for i, n := range pagesIn {
+		v.pagesIn[i] += n
+	}
 	v.mu.Unlock()
 	return nil
 }
 
-// appendExtents adds where n pages lie, joining neighbours.
-func (r *Reader) appendExtents(out []extent, block int, first, n uint64) ([]extent, error) {
+// appendExtents adds where n pages lie in the checkpoint's own segments, joining
+// neighbours, and counts the pages of each segment.
+func (r *Reader) appendExtents(out []extent, pagesIn []uint64, block int, first, n uint64) ([]extent, error) {
 	if err := r.enter("verify"); err != nil {
 		return nil, err
 	}
@@ -110,10 +122,15 @@ func (r *Reader) appendExtents(out []extent, block int, first, n uint64) ([]exte
 		if err != nil {
 			return nil, err
 		}
+		if l.kind() == kindZero {
+			continue
+		}
+		pagesIn[l.segment()]++
+		if r.manifest.Segments[l.segment()].Owner != "" {
+			continue // what else lies there is for others to account for
+		}
 		var e extent
 		switch l.kind() {
-		case kindZero:
-			continue
 		case kindRaw:
 			e = extent{l.segment(), l.rawOffset(), size}
 		default:
@@ -167,15 +184,22 @@ func (v *verifier) finish() error {
 		return a.off < b.off
 	})
 	next := 0
+	chain := r.manifest.needsChain() // there, pages share places
 	for s, seg := range r.manifest.Segments {
+		if chain && seg.Pages != v.pagesIn[s] {
+			return corrupt(op, r.path(ManifestName), "%d pages in %s: the pagemap has %d", seg.Pages, seg.Name, v.pagesIn[s])
+		}
+		if seg.Owner != "" {
+			continue
+		}
 		var end uint64
 		for ; next < len(v.extents) && v.extents[next].segment == s; next++ {
 			e := v.extents[next]
-			if e.off != end {
+			if e.off > end || e.off < end && !chain {
 				return corrupt(op, at(r.path(seg.Name), int64(min(e.off, end))), "%s by the pagemap", map[bool]string{
 					true: "bytes not accounted for", false: "bytes accounted for twice"}[e.off > end])
 			}
-			end += e.size
+			end = max(end, e.off+e.size)
 		}
 		if end != seg.Bytes {
 			return corrupt(op, at(r.path(seg.Name), int64(end)), "%d bytes not accounted for by the pagemap", seg.Bytes-end)

@@ -33,6 +33,22 @@ type WriterOptions struct {
 	WritebackBytes int64
 	// FS is where the files go. Default: the host's file system.
 	FS fsys.FS
+
+	// Key makes the tags of pages, which a child of this image needs. Without it there
+	// are none, and no Parent and no Dedup.
+	Key *TagKey
+	// Parent is the image that unchanged pages are taken over from; see Usable. Like a
+	// donor it has to stay open until NewWriter has returned, and no longer.
+	Parent *Reader
+	// Dedup has the content of each page looked for among those of the parent, of the
+	// donors and of this image.
+	Dedup  bool
+	Donors []*Reader
+	// VM is the name of the VM that the image is of: segments of others are marked.
+	VM string
+
+	merge      bool // the Writer rewrites its Parent, in its directory
+	generation int  // in the names of files; 0: none
 }
 
 const (
@@ -61,6 +77,13 @@ type Writer struct {
 	blocks []Block
 	layout layout
 
+	key     *TagKey
+	tagsRef TagsRef // its scope and key
+	tags    []byte  // TagBytes per entry; nil: none are kept
+	index   *tagIndex
+	base    []Segment // taken over: they come first in the table
+	moved   map[*Reader][]int
+
 	entries []byte     // the pagemap's entries as they go to disk
 	claimed [][]uint64 // per block one bit a page, set atomically
 	zeroSum []uint64   // per block: checksum of a zero page
@@ -85,7 +108,7 @@ type Writer struct {
 		f       fsys.File
 		written bool
 	}
-	pages, zeroPages, storedBytes atomic.Uint64
+	pages, zeroPages, storedBytes, unchangedPages, sharedPages atomic.Uint64
 }
 
 // segment is one file being written; its lane owns size and started.
@@ -100,8 +123,8 @@ type segment struct {
 }
 
 // NewWriter starts a checkpoint of these blocks in an empty directory. It
-// allocates everything a page costs in memory (16 bytes and a bit each), so that
-// WritePages has nothing to allocate.
+// allocates everything a page costs in memory (16 bytes and a bit each, 16 more with a
+// key, and what an index takes), so that WritePages has nothing to allocate.
 func NewWriter(dir string, blocks []Block, o WriterOptions) (*Writer, error) {
 	const op = "start image"
 	if err := ValidateBlocks(blocks); err != nil {
@@ -142,6 +165,23 @@ func NewWriter(dir string, blocks []Block, o WriterOptions) (*Writer, error) {
 	}
 	w.lanes.idle = sync.NewCond(&w.lanes)
 	w.lanes.free = make([]*lane, 0, o.Lanes)
+	if o.Key == nil && !o.merge {
+		if o.Parent != nil || o.Dedup {
+			return nil, problem.New(problem.Failed, op, dir, "a parent or deduplication without a key")
+		}
+		return w, nil
+	}
+	if o.merge {
+		w.tagsRef = TagsRef{Scope: o.Parent.manifest.Tags.Scope, Key: o.Parent.manifest.Tags.Key}
+	} else {
+		w.key, w.tagsRef = o.Key, TagsRef{Scope: o.Key.scope, Key: o.Key.id}
+	}
+	w.tags = make([]byte, w.layout.entries*TagBytes)
+	if err := w.inherit(&o); err != nil {
+		w.giveBack()
+		return nil, err
+	}
+	w.o.Parent, w.o.Donors, w.moved = nil, nil, nil // they may be closed now
 	return w, nil
 }
 
@@ -293,11 +333,13 @@ func (w *Writer) Missing(block int) []PageRun {
 // Progress is how far a Writer is.
 type Progress struct {
 	Pages, ZeroPages, StoredBytes uint64
+	UnchangedPages                uint64 // taken over from the same place of the parent
+	SharedPages                   uint64 // found elsewhere
 }
 
 // Progress may be called at any time.
 func (w *Writer) Progress() Progress {
-	return Progress{w.pages.Load(), w.zeroPages.Load(), w.storedBytes.Load()}
+	return Progress{w.pages.Load(), w.zeroPages.Load(), w.storedBytes.Load(), w.unchangedPages.Load(), w.sharedPages.Load()}
 }
 
 // WriteDeviceState stores the device state, once; Finish makes it durable.
@@ -343,6 +385,7 @@ type Summary struct {
 	DeviceState FileRef
 	Pagemap     PagemapRef
 	Segments    []Segment
+	Tags        *TagsRef
 	RAMBytes    uint64
 	Pages       uint64
 	ZeroPages   uint64
@@ -351,7 +394,7 @@ type Summary struct {
 
 // Apply sets the fields of a manifest that follow from the written files.
 func (s Summary) Apply(m *Manifest) {
-	m.Blocks, m.DeviceState, m.Pagemap, m.Segments = s.Blocks, s.DeviceState, s.Pagemap, s.Segments
+	m.Blocks, m.DeviceState, m.Pagemap, m.Segments, m.Tags = s.Blocks, s.DeviceState, s.Pagemap, s.Segments, s.Tags
 	m.Stats.RAMBytes, m.Stats.Pages = s.RAMBytes, s.Pages
 	m.Stats.ZeroPages, m.Stats.StoredBytes = s.ZeroPages, s.StoredBytes
 }
@@ -399,9 +442,8 @@ func (w *Writer) finish(ctx context.Context) (Summary, error) {
 	for _, b := range w.blocks {
 		s.RAMBytes += b.UsedBytes
 	}
-	for _, g := range w.segs.list {
-		s.Segments = append(s.Segments, Segment{Name: g.name, Bytes: g.size, Kind: g.kind})
-		s.StoredBytes += g.size
+	if err := w.settleSegments(&s); err != nil {
+		return Summary{}, err
 	}
 	var g errgroup.Group
 	g.SetLimit(8)
@@ -413,9 +455,17 @@ func (w *Writer) finish(ctx context.Context) (Summary, error) {
 			return fsys.Problem("sync segment", seg.path, seg.f.Sync())
 		})
 	}
-	g.Go(func() error {
-		return fsys.Problem("sync device state", filepath.Join(w.dir, deviceStateName), w.state.f.Sync())
-	})
+	if w.state.f != nil {
+		g.Go(func() error {
+			return fsys.Problem("sync device state", filepath.Join(w.dir, deviceStateName), w.state.f.Sync())
+		})
+	}
+	if w.tags != nil {
+		g.Go(func() (err error) {
+			s.Tags, err = w.writeTags()
+			return err
+		})
+	}
 	g.Go(func() (err error) {
 		s.Pagemap, err = w.writePagemap(len(s.Segments))
 		return err
@@ -424,6 +474,9 @@ func (w *Writer) finish(ctx context.Context) (Summary, error) {
 		return Summary{}, err
 	}
 	s.StoredBytes += s.Pagemap.Bytes
+	if s.Tags != nil {
+		s.StoredBytes += s.Tags.Bytes
+	}
 	if err := w.fs.SyncDir(w.dir); err != nil {
 		return Summary{}, fsys.Problem("sync directory", w.dir, err)
 	}
@@ -432,7 +485,8 @@ func (w *Writer) finish(ctx context.Context) (Summary, error) {
 
 func (w *Writer) writePagemap(segments int) (PagemapRef, error) {
 	const op = "write pagemap"
-	path := filepath.Join(w.dir, pagemapName)
+	name := w.fileName(pagemapName)
+	path := filepath.Join(w.dir, name)
 	sums := make([]uint64, 0, w.layout.chunks)
 	for i := range w.blocks {
 		e := w.entriesOf(i, 0, w.blocks[i].Pages())
@@ -443,22 +497,27 @@ func (w *Writer) writePagemap(segments int) (PagemapRef, error) {
 		}
 	}
 	head := encodeHead(w.blocks, w.layout, segments, sums)
-	f, err := w.fs.Create(path)
-	if err != nil {
+	if err := w.writeWhole(path, [][]byte{head, w.entries}); err != nil {
 		return PagemapRef{}, fsys.Problem(op, path, err)
 	}
-	err = f.WriteVec([][]byte{head, w.entries}, 0)
+	return PagemapRef{Name: name, Bytes: w.layout.fileBytes(),
+		HeadBytes: w.layout.headBytes, HeadChecksum: Sum(head)}, nil
+}
+
+// writeWhole writes a file and makes its content durable.
+func (w *Writer) writeWhole(path string, bufs [][]byte) error {
+	f, err := w.fs.Create(path)
+	if err != nil {
+		return err
+	}
+	err = f.WriteVec(bufs, 0)
 	if err == nil {
 		err = f.Sync()
 	}
 	if cerr := f.Close(); err == nil {
 		err = cerr
 	}
-	if err != nil {
-		return PagemapRef{}, fsys.Problem(op, path, err)
-	}
-	return PagemapRef{Name: pagemapName, Bytes: w.layout.fileBytes(),
-		HeadBytes: w.layout.headBytes, HeadChecksum: Sum(head)}, nil
+	return err
 }
 
 // Abort closes the files; the caller removes the directory. Harmless after
@@ -491,7 +550,7 @@ func (w *Writer) close() error {
 			l.comp.close()
 		}
 	}
-	w.entries, w.lanes.free = nil, nil
+	w.entries, w.tags, w.index, w.lanes.free = nil, nil, nil, nil
 	return first
 }
 

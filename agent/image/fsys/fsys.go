@@ -26,6 +26,9 @@ type FS interface {
 	Stat(name string) (Info, error)
 	// Rename replaces newname by oldname, atomically.
 	Rename(oldname, newname string) error
+	// Link gives a file a second name, in any directory of the file system: its content
+	// stays until the last name is removed. ErrNoLinks where that cannot be.
+	Link(oldname, newname string) error
 	// Remove unlinks a file or an empty directory.
 	Remove(name string) error
 	// SyncDir makes the entries of a directory durable.
@@ -84,6 +87,10 @@ type Space struct {
 
 // ErrLocked says that somebody else holds a lock file.
 var ErrLocked = errors.New("locked by another process")
+
+// ErrNoLinks says that a file can be given no second name here: the file system has
+// none, the two names would be on different ones, or the file has as many as it may.
+var ErrNoLinks = errors.New("no second name for a file")
 
 // WriteFile creates a file with this content and makes the content durable. The
 // name is durable once the caller syncs the directory.

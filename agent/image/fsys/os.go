@@ -84,6 +84,18 @@ func (OS) Stat(name string) (Info, error) {
 // Rename implements FS.
 func (OS) Rename(oldname, newname string) error { return os.Rename(oldname, newname) }
 
+// Link implements FS. EPERM is what file systems without links answer, and what
+// fs.protected_hardlinks does for files of others.
+func (OS) Link(oldname, newname string) error {
+	err := os.Link(oldname, newname)
+	for _, none := range []unix.Errno{unix.EPERM, unix.EOPNOTSUPP, unix.ENOSYS, unix.EXDEV, unix.EMLINK} {
+		if errors.Is(err, none) {
+			return fmt.Errorf("%w: %w", ErrNoLinks, err)
+		}
+	}
+	return err
+}
+
 // Remove implements FS.
 func (OS) Remove(name string) error { return os.Remove(name) }
 

@@ -53,6 +53,13 @@ func (g *gate) Rename(c <-chan struct{}, in *fuse.RenameIn, from, to string) fus
 	return g.RawFileSystem.Rename(c, in, from, to)
 }
 
+func (g *gate) Link(c <-chan struct{}, in *fuse.LinkIn, name string, out *fuse.EntryOut) fuse.Status {
+	if st := g.pass(); st != fuse.OK {
+		return st
+	}
+	return g.RawFileSystem.Link(c, in, name, out)
+}
+
 func (g *gate) Open(c <-chan struct{}, in *fuse.OpenIn, out *fuse.OpenOut) fuse.Status {
 	if st := g.pass(); st != fuse.OK {
 		return st

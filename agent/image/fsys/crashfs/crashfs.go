@@ -32,24 +32,25 @@ const (
 	Write
 	Sync
 	Rename
+	Link
 	Remove
 	SyncDir
 )
 
-var kindNames = [...]string{"mkdir", "create", "write", "sync", "rename", "remove", "syncdir"}
+var kindNames = [...]string{"mkdir", "create", "write", "sync", "rename", "link", "remove", "syncdir"}
 
 // Op is one operation that succeeded.
 type Op struct {
 	Kind Kind
 	Name string
-	To   string // of a Rename
+	To   string // of a Rename or a Link
 	Off  int64
 	Data []byte
 }
 
 func (o Op) String() string {
 	s := kindNames[o.Kind] + " " + o.Name
-	if o.Kind == Rename {
+	if o.Kind == Rename || o.Kind == Link {
 		s += " -> " + filepath.Base(o.To)
 	}
 	if o.Kind == Write {
@@ -118,6 +119,11 @@ func (r *Recorder) Rename(oldname, newname string) error {
 	return r.do(Op{Kind: Rename, Name: oldname, To: newname}, func() error { return r.FS.Rename(oldname, newname) })
 }
 
+// Link implements fsys.FS.
+func (r *Recorder) Link(oldname, newname string) error {
+	return r.do(Op{Kind: Link, Name: oldname, To: newname}, func() error { return r.FS.Link(oldname, newname) })
+}
+
 // Remove implements fsys.FS.
 func (r *Recorder) Remove(name string) error {
 	return r.do(Op{Kind: Remove, Name: name}, func() error { return r.FS.Remove(name) })
@@ -174,6 +180,7 @@ type inode struct {
 	// of a file
 	durable []byte
 	writes  []Op
+	crashed *memfs.Node // what it is after the loss: the same under all of its names
 	// of a directory
 	entries map[string]*inode // as the processes saw it
 	kept    map[string]*inode // durable
@@ -226,6 +233,10 @@ func State(ops []Op, loss Loss, rnd *rand.Rand) *memfs.FS {
 			delete(dir.entries, base)
 			dir.entries[to] = n
 			dir.changes = append(dir.changes, change{name: to, set: n, gone: base})
+		case Link:
+			to, name := at(filepath.Dir(o.To)), filepath.Base(o.To)
+			to.entries[name] = dir.entries[base]
+			to.changes = append(to.changes, change{name: name, set: dir.entries[base]})
 		case Remove:
 			delete(dir.entries, base)
 			dir.changes = append(dir.changes, change{gone: base})
@@ -252,6 +263,9 @@ func (n *inode) settle(choose func(i int) bool) {
 }
 
 func (n *inode) crash(loss Loss, rnd *rand.Rand) *memfs.Node {
+	if n.crashed != nil {
+		return n.crashed
+	}
 	if !n.dir {
 		out := &memfs.Node{Data: append([]byte{}, n.durable...)}
 		for _, w := range n.writes {
@@ -269,6 +283,7 @@ func (n *inode) crash(loss Loss, rnd *rand.Rand) *memfs.Node {
 			}
 			out.Data = apply(out.Data, w.Off, data)
 		}
+		n.crashed = out
 		return out
 	}
 	n.settle(func(int) bool { return loss == LoseNone || loss == LoseSome && rnd.Intn(2) == 0 })

@@ -29,6 +29,7 @@ type Node struct {
 	Data    []byte
 	ModTime time.Time
 	locked  bool
+	more    int // names beside the first
 }
 
 // NewDir makes a directory node.
@@ -205,8 +206,34 @@ func (m *FS) Remove(name string) error {
 	case len(n.Entries) > 0:
 		return fail("remove", name, unix.ENOTEMPTY)
 	}
-	m.used -= min(uint64(len(n.Data)), m.used)
+	if n.more > 0 {
+		n.more--
+	} else {
+		m.used -= min(uint64(len(n.Data)), m.used)
+	}
 	delete(dir.Entries, base)
+	return nil
+}
+
+// Link implements fsys.FS.
+func (m *FS) Link(oldname, newname string) error {
+	m.mu.Lock()
+	defer m.mu.Unlock()
+	n, err := m.find("link", oldname)
+	if err != nil {
+		return err
+	}
+	to, base, err := m.parent("link", newname)
+	switch {
+	case err != nil:
+		return err
+	case n.Entries != nil:
+		return fail("link", oldname, unix.EPERM)
+	case to.Entries[base] != nil:
+		return fail("link", newname, unix.EEXIST)
+	}
+	to.Entries[base] = n
+	n.more++
 	return nil
 }
 

@@ -1,0 +1,415 @@
+package image
+
+import (
+	"bytes"
+	"context"
+	"errors"
+	"fmt"
+	"math/rand"
+	"path/filepath"
+	"strings"
+	"testing"
+
+	"github.com/ckagent/ckagent/agent/image/fsys"
+	"github.com/ckagent/ckagent/agent/image/fsys/memfs"
+	"github.com/ckagent/ckagent/agent/problem"
+)
+
+// testKey is the key of a scope in a store whose secret is all ones.
+func testKey(t testing.TB, scope string) *TagKey {
+	t.Helper()
+	k, err := NewTagKey(bytes.Repeat([]byte{1}, TagSecretBytes), scope)
+	if err != nil {
+		t.Fatal(err)
+	}
+	return k
+}
+
+// line is a VM whose checkpoints continue each other, on a file system in memory.
+type line struct {
+	t      testing.TB
+	fs     fsys.FS
+	vm     string
+	blocks []Block
+	ram    [][]byte
+	key    *TagKey
+	n      int
+}
+
+func newLine(t testing.TB, f fsys.FS, vm string) *line {
+	l := &line{t: t, fs: f, vm: vm, blocks: testBlocks(), key: testKey(t, "x")}
+	for i, b := range l.blocks {
+		l.ram = append(l.ram, fillPages(int64(i), b.UsedBytes))
+	}
+	if err := f.Mkdir("/" + vm); err != nil {
+		t.Fatal(err)
+	}
+	return l
+}
+
+func (l *line) id(n int) string {
+	return fmt.Sprintf("20260102T030405%03d-%08x", n, uint32(Sum([]byte(l.vm))))
+}
+
+func (l *line) dir(n int) string { return filepath.Join("/", l.vm, l.id(n)) }
+
+// take writes the next checkpoint of what ram holds now. unwritten lists runs that are
+// not handed over but called unchanged.
+func (l *line) take(o WriterOptions, unwritten ...PageRun) *Manifest {
+	l.t.Helper()
+	l.n++
+	dir := l.dir(l.n)
+	if err := l.fs.Mkdir(dir); err != nil {
+		l.t.Fatal(err)
+	}
+	o.FS, o.Key, o.VM = l.fs, l.key, l.vm
+	parent := o.Parent
+	w, err := NewWriter(dir, l.blocks, o)
+	if err != nil {
+		l.t.Fatal(err)
+	}
+	defer w.Abort()
+	skip := map[PageRun]bool{}
+	for _, r := range unwritten {
+		if err := w.WriteUnchanged(r.Block, r.First, r.Pages); err != nil {
+			l.t.Fatal(err)
+		}
+		for p := r.First; p < r.End(); p++ {
+			skip[PageRun{r.Block, p, 1}] = true
+		}
+	}
+	for i, b := range l.blocks {
+		for first, n := uint64(0), uint64(0); first < b.Pages(); first += n {
+			if skip[PageRun{i, first, 1}] {
+				n = 1
+				continue
+			}
+			for n = 1; n < 137 && first+n < b.Pages() && !skip[PageRun{i, first + n, 1}] && b.PageBytes == 4096; n++ {
+			}
+			if err := w.WritePages(i, first, l.ram[i][first*b.PageBytes:(first+n)*b.PageBytes]); err != nil {
+				l.t.Fatal(err)
+			}
+		}
+	}
+	state := strings.Repeat("state", l.n)
+	if err := w.WriteDeviceState(strings.NewReader(state)); err != nil {
+		l.t.Fatal(err)
+	}
+	p := w.Progress()
+	s, err := w.Finish(context.Background())
+	if err != nil {
+		l.t.Fatal(err)
+	}
+	m := testManifest(s)
+	m.ID, m.VM, m.Hot = l.id(l.n), l.vm, nil
+	if parent != nil {
+		m.Parent, m.Depth = parent.Manifest().ID, parent.Manifest().Depth+1
+	}
+	l.put(dir, m)
+	if own := m.Stats.StoredBytes - m.DeviceState.Bytes - m.Pagemap.Bytes - m.Tags.Bytes; own != p.StoredBytes-m.DeviceState.Bytes {
+		l.t.Errorf("own segments have %d bytes, %d were written", own, p.StoredBytes-m.DeviceState.Bytes)
+	}
+	return m
+}
+
+func (l *line) put(dir string, m *Manifest) {
+	l.t.Helper()
+	data, err := EncodeManifest(m)
+	if err != nil {
+		l.t.Fatal(err)
+	}
+	_ = l.fs.Remove(filepath.Join(dir, ManifestName))
+	if err := fsys.WriteFile(l.fs, filepath.Join(dir, ManifestName), data); err != nil {
+		l.t.Fatal(err)
+	}
+}
+
+func (l *line) open(n int) *Reader {
+	l.t.Helper()
+	r, err := OpenReaderFS(l.fs, l.dir(n))
+	if err != nil {
+		l.t.Fatal(err)
+	}
+	l.t.Cleanup(func() { r.Close() })
+	return r
+}
+
+// check reads a checkpoint back whole.
+func (l *line) check(n int, ram [][]byte) {
+	l.t.Helper()
+	r, err := OpenReaderFS(l.fs, l.dir(n))
+	if err != nil {
+		l.t.Fatal(err)
+	}
+	defer r.Close()
+	for i, want := range ram {
+		got := make([]byte, len(want))
+		if len(got) == 0 {
+			continue
+		}
+		if _, err := r.ReadRun(i, 0, got); err != nil || !bytes.Equal(got, want) {
+			l.t.Fatalf("checkpoint %d: block %d differs, or %v", n, i, err)
+		}
+	}
+	if state, err := r.DeviceState(context.Background()); err != nil || string(state) != strings.Repeat("state", n) {
+		l.t.Fatalf("checkpoint %d: device state differs, or %v", n, err)
+	}
+	if err := r.Verify(context.Background(), nil); err != nil {
+		l.t.Fatal(err)
+	}
+}
+
+// remove deletes a checkpoint as the store does.
+func (l *line) remove(n int) {
+	l.t.Helper()
+	list, err := l.fs.ReadDir(l.dir(n))
+	if err != nil {
+		l.t.Fatal(err)
+	}
+	for _, e := range list {
+		if err := l.fs.Remove(filepath.Join(l.dir(n), e.Name)); err != nil {
+			l.t.Fatal(err)
+		}
+	}
+}
+
+func (l *line) copyRAM() (out [][]byte) {
+	for _, r := range l.ram {
+		out = append(out, bytes.Clone(r))
+	}
+	return out
+}
+
+// change gives pages of the first block another content: some new, some zero.
+func (l *line) change(rnd *rand.Rand, pages int) {
+	for range pages {
+		p := l.ram[0][rnd.Intn(len(l.ram[0])/4096)*4096:][:4096]
+		if rnd.Intn(5) == 0 {
+			clear(p)
+		} else {
+			rnd.Read(p[:1+rnd.Intn(4096)])
+		}
+	}
+}
+
+func TestChain(t *testing.T) {
+	for _, codec := range []string{"none", "s2", "zstd"} {
+		for _, dedup := range []bool{false, true} {
+			t.Run(fmt.Sprint(codec, dedup), func(t *testing.T) {
+				l := newLine(t, memfs.New(1<<30), "vm")
+				rnd := rand.New(rand.NewSource(7))
+				full := l.take(WriterOptions{Compress: codec, Lanes: 2, Dedup: dedup})
+				states := [][][]byte{nil, l.copyRAM()}
+				for range 5 {
+					l.change(rnd, 15)
+					m := l.take(WriterOptions{Compress: codec, Lanes: 2, Parent: l.open(l.n), Dedup: dedup})
+					states = append(states, l.copyRAM())
+					if files := m.Stats.StoredBytes - m.Pagemap.Bytes - m.Tags.Bytes; files > 17*4096 {
+						t.Errorf("checkpoint %d stores %d bytes of 15 pages", l.n, files)
+					}
+				}
+				if full.Stats.StoredBytes < 1<<20 {
+					t.Errorf("the full one stores %d bytes", full.Stats.StoredBytes)
+				}
+				for n := 1; n < len(states); n++ {
+					l.check(n, states[n])
+				}
+				// Any of them may go: the others stay readable.
+				for _, n := range rnd.Perm(len(states) - 1)[:3] {
+					l.remove(n + 1)
+					states[n+1] = nil
+				}
+				for n := range states {
+					if states[n] != nil {
+						l.check(n, states[n])
+					}
+				}
+			})
+		}
+	}
+}
+
+func TestChainOfUnwrittenPages(t *testing.T) {
+	l := newLine(t, memfs.New(1<<30), "vm")
+	l.take(WriterOptions{})
+	rnd := rand.New(rand.NewSource(1))
+	rnd.Read(l.ram[0][200*4096 : 203*4096])
+	m := l.take(WriterOptions{Parent: l.open(1)}, PageRun{0, 0, 200}, PageRun{0, 203, 1297}, PageRun{1, 0, 64}, PageRun{3, 0, 3})
+	l.check(2, l.ram)
+	if own := m.Stats.StoredBytes - m.Pagemap.Bytes - m.Tags.Bytes - m.DeviceState.Bytes; own != 3*4096 {
+		t.Errorf("%d bytes stored for three pages", own)
+	}
+	// What a parent does not have cannot be unchanged.
+	w, err := NewWriter("/", l.blocks, WriterOptions{FS: l.fs, Key: l.key})
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer w.Abort()
+	if err := w.WriteUnchanged(0, 5, 1); err == nil {
+		t.Error("a page without a parent is called unchanged")
+	}
+}
+
+func TestChainDropsWhatItDoesNotNeed(t *testing.T) {
+	l := newLine(t, memfs.New(1<<30), "vm")
+	l.take(WriterOptions{})
+	rnd := rand.New(rand.NewSource(1))
+	for i := range l.ram {
+		rnd.Read(l.ram[i])
+	}
+	m := l.take(WriterOptions{Parent: l.open(1)})
+	if m.InheritedBytes() != 0 {
+		t.Errorf("%d bytes taken over for nothing", m.InheritedBytes())
+	}
+	list, err := l.fs.ReadDir(l.dir(2))
+	if err != nil || len(list) != len(m.Named()) {
+		t.Errorf("%v, %v", list, err)
+	}
+	l.check(2, l.ram)
+}
+
+func TestDedup(t *testing.T) {
+	for _, codec := range []string{"none", "zstd"} {
+		t.Run(codec, func(t *testing.T) {
+			f := memfs.New(1 << 30)
+			a, b := newLine(t, f, "a"), newLine(t, f, "b")
+			rnd := rand.New(rand.NewSource(3))
+			// The same pages elsewhere, some of them more than once, and a few of its own.
+			for p := range 1500 {
+				copy(b.ram[0][p*4096:(p+1)*4096], a.ram[0][rnd.Intn(1500)*4096:])
+			}
+			own := 0
+			for p := 0; p < 1500; p += 100 {
+				rnd.Read(b.ram[0][p*4096 : (p+1)*4096])
+				own++
+			}
+			for i := 1; i < len(b.ram); i++ {
+				clear(b.ram[i])
+			}
+			a.take(WriterOptions{Compress: codec, Dedup: true})
+			m := b.take(WriterOptions{Compress: codec, Dedup: true, Donors: []*Reader{a.open(1)}})
+			if got := m.Stats.StoredBytes - m.Pagemap.Bytes - m.Tags.Bytes - m.DeviceState.Bytes; got != uint64(own)*4096 {
+				t.Errorf("%d bytes stored: expected %d pages", got, own)
+			}
+			for _, s := range m.Segments {
+				if s.Owner != "" && s.VM != "a" {
+					t.Errorf("segment %+v is not marked as the other VM's", s)
+				}
+			}
+			a.remove(1)
+			b.check(1, b.ram)
+			// Its own, twice.
+			copy(b.ram[0][7*4096:], b.ram[0][:4096])
+			rnd.Read(b.ram[0][9*4096 : 10*4096])
+			copy(b.ram[0][11*4096:], b.ram[0][9*4096:10*4096])
+			m = b.take(WriterOptions{Compress: codec, Dedup: true, Parent: b.open(1)})
+			if got := m.Stats.StoredBytes - m.Pagemap.Bytes - m.Tags.Bytes - m.DeviceState.Bytes; got < 4096 || got > 4160 { // in a frame with its copy
+				t.Errorf("%d bytes stored for one new page", got)
+			}
+			b.check(2, b.ram)
+		})
+	}
+}
+
+func TestKeysKeepApart(t *testing.T) {
+	page := bytes.Repeat([]byte("secret"), 1000)[:4096]
+	var a, b, again Tag
+	testKey(t, "a").sum(&a, page)
+	testKey(t, "b").sum(&b, page)
+	testKey(t, "a").sum(&again, page)
+	if a == b || a != again {
+		t.Errorf("%x %x %x", a, b, again)
+	}
+	l := newLine(t, memfs.New(1<<30), "vm")
+	m := l.take(WriterOptions{})
+	if err := Usable(m, testKey(t, "y")); err == nil {
+		t.Error("another scope's tags are of use")
+	}
+	if err := Usable(m, l.key); err != nil {
+		t.Error(err)
+	}
+}
+
+func TestMerge(t *testing.T) {
+	for _, codec := range []string{"none", "zstd"} {
+		t.Run(codec, func(t *testing.T) {
+			f := memfs.New(1 << 30)
+			l, other := newLine(t, f, "vm"), newLine(t, f, "other")
+			other.take(WriterOptions{})
+			rnd := rand.New(rand.NewSource(7))
+			l.take(WriterOptions{Compress: codec, Dedup: true, Donors: []*Reader{other.open(1)}})
+			for range 5 {
+				l.change(rnd, 30)
+				l.take(WriterOptions{Compress: codec, Parent: l.open(l.n), Dedup: true})
+			}
+			for range 2 { // what was merged can be continued, and merged again
+				before := l.open(l.n)
+				m, err := Merge(context.Background(), l.open(l.n), MergeOptions{FS: f, Compress: codec, Absorb: func(s *Segment) bool { return s.VM == "" }})
+				if err != nil {
+					t.Fatal(err)
+				}
+				l.put(l.dir(l.n), m)
+				if m.Parent != "" || m.Depth != 0 || m.Pagemap.Name != "pagemap-m1" {
+					t.Errorf("parent %q, depth %d, %s", m.Parent, m.Depth, m.Pagemap.Name)
+				}
+				for _, s := range m.Segments {
+					if s.Owner != "" && s.VM != "other" {
+						t.Errorf("still in %+v", s)
+					}
+				}
+				l.check(l.n, l.ram)
+				checkImage(t, before, l.ram, []byte(strings.Repeat("state", l.n))) // who read it goes on
+				l.change(rnd, 30)
+				l.take(WriterOptions{Compress: codec, Parent: l.open(l.n)})
+				l.check(l.n, l.ram)
+			}
+			for n := 1; n < l.n; n++ {
+				l.remove(n)
+			}
+			l.check(l.n, l.ram)
+		})
+	}
+}
+
+func TestInheritFromDamaged(t *testing.T) {
+	f := memfs.New(1 << 30)
+	l := newLine(t, f, "vm")
+	m := l.take(WriterOptions{})
+	if err := f.Mkdir("/next"); err != nil {
+		t.Fatal(err)
+	}
+	for _, name := range []string{m.Tags.Name, m.Pagemap.Name} {
+		r := l.open(1)
+		flip := func(b []byte) []byte { b[len(b)/2] ^= 1; return b }
+		if err := f.Update(filepath.Join(l.dir(1), name), flip); err != nil {
+			t.Fatal(err)
+		}
+		_, err := NewWriter("/next", l.blocks, WriterOptions{FS: f, Key: l.key, Parent: r})
+		if !problem.Is(err, problem.Integrity) || !NotInherited(err) {
+			t.Errorf("%s: %v", name, err)
+		}
+		if list, err := f.ReadDir("/next"); err != nil || len(list) != 0 {
+			t.Errorf("%s: %v left, %v", name, list, err)
+		}
+		if err := f.Update(filepath.Join(l.dir(1), name), flip); err != nil {
+			t.Fatal(err)
+		}
+	}
+}
+
+// noLinks is a file system without second names.
+type noLinks struct{ *memfs.FS }
+
+func (noLinks) Link(string, string) error { return fsys.ErrNoLinks }
+
+func TestNoLinks(t *testing.T) {
+	f := noLinks{memfs.New(1 << 30)}
+	l := newLine(t, f, "vm")
+	l.take(WriterOptions{})
+	if err := f.Mkdir("/next"); err != nil {
+		t.Fatal(err)
+	}
+	if _, err := NewWriter("/next", l.blocks, WriterOptions{FS: f, Key: l.key, Parent: l.open(1)}); !errors.Is(err, ErrNoLinks) || !NotInherited(err) {
+		t.Error(err)
+	}
+}
