@@ -253,8 +253,9 @@ func (h *history) replay(ops []crashfs.Op, variants, enough int) (states int, fa
 	return states, failures
 }
 
-func TestPowerLoss(t *testing.T) {
-	h := record(t)
+func TestPowerLoss(t *testing.T) { testPowerLoss(t, record(t)) }
+
+func testPowerLoss(t *testing.T, h *history) {
 	variants := 8
 	if testing.Short() {
 		variants = 2
@@ -269,8 +270,7 @@ func TestPowerLoss(t *testing.T) {
 // TestPowerLossFindsMistakes takes the syncs away one kind at a time: a model
 // that does not notice proves nothing.
 func TestPowerLossFindsMistakes(t *testing.T) {
-	h := record(t)
-	for name, useless := range map[string]func(o crashfs.Op) bool{
+	findsMistakes(t, record(t), map[string]func(o crashfs.Op) bool{
 		"no sync of segments":      func(o crashfs.Op) bool { return o.Kind == crashfs.Sync && strings.Contains(o.Name, "/seg-") },
 		"no sync of the pagemap":   func(o crashfs.Op) bool { return o.Kind == crashfs.Sync && strings.HasSuffix(o.Name, "/pagemap") },
 		"no sync of the state":     func(o crashfs.Op) bool { return o.Kind == crashfs.Sync && strings.HasSuffix(o.Name, "/device-state") },
@@ -282,7 +282,12 @@ func TestPowerLossFindsMistakes(t *testing.T) {
 		"no sync of vms":           func(o crashfs.Op) bool { return o.Kind == crashfs.SyncDir && strings.HasSuffix(o.Name, "/vms") },
 		"no sync of the store":     func(o crashfs.Op) bool { return o.Kind == crashfs.SyncDir && o.Name == "/var/store" },
 		"no sync of the directory": func(o crashfs.Op) bool { return o.Kind == crashfs.SyncDir && o.Name == "/var" },
-	} {
+	})
+}
+
+func findsMistakes(t *testing.T, h *history, mistakes map[string]func(o crashfs.Op) bool) {
+	t.Helper()
+	for name, useless := range mistakes {
 		// The operation stays in the record, without effect, so that the events keep
 		// their places.
 		ops := append([]crashfs.Op(nil), h.rec.Ops()...)

@@ -3,6 +3,7 @@
 //
 //	<store>/store.json                      format and version
 //	<store>/lock                            flock of short critical sections
+//	<store>/secret                          what the keys of tags come from
 //	<store>/vms/<vm>/<id>/manifest.json     present: the checkpoint exists
 //	                      pagemap seg-0000 ... device-state
 //	                      lease.<...>       somebody writes or reads it
@@ -15,6 +16,11 @@
 // the checkpoint exists. Abort, or a death before that, leaves a directory
 // without a manifest, which List and Get do not see and GC removes. Remove takes
 // the manifest away first, durably, and then the rest.
+//
+// Chains. A checkpoint that continues another has hard links to the segments that it
+// took pages over from. So every directory is whole by itself, members of a chain are
+// removed without a look at the others, and a segment goes with its last name. Merge
+// rewrites a checkpoint so that it shares less; its manifest is replaced by a rename.
 //
 // Leases. A lease is an empty file whose name says everything: role, host, boot,
 // pid namespace, pid and start time of the holder. Creating one is atomic, so none

@@ -133,6 +133,13 @@ func (s *Store) good(ctx context.Context, c candidate) bool {
 // openReader opens a checkpoint and makes sure that it is the one its path says.
 func (s *Store) openReader(c candidate) (*image.Reader, error) {
 	r, err := image.OpenReaderFS(s.fs, c.dir)
+	for range 2 {
+		if !problem.Is(err, problem.Integrity) || !errors.Is(err, fs.ErrNotExist) {
+			break
+		}
+		// Merged just now: its manifest names other files.
+		r, err = image.OpenReaderFS(s.fs, c.dir)
+	}
 	if err != nil {
 		return nil, err
 	}

@@ -22,10 +22,12 @@ type Info struct {
 	CreatedAt     time.Time
 	Mode, Engine  string
 	Parent        string
+	Depth         int // steps to a checkpoint that stored every page itself
 	GroupID       string
 	Epoch         uint64
 	RAMBytes      uint64
-	StoredBytes   uint64
+	StoredBytes   uint64 // written for it
+	Inherited     uint64 // bytes of segments that it shares with others
 	Pages         uint64
 	ZeroPages     uint64
 	CapturedPages uint64
@@ -159,8 +161,8 @@ func infoOf(c candidate, m *image.Manifest) Info {
 		return i
 	}
 	i.VM, i.CreatedAt, i.Mode, i.Engine = m.VM, m.CreatedAt, m.Mode, m.Engine
-	i.Parent, i.GroupID, i.Epoch = m.Parent, m.GroupID, m.Epoch
-	i.RAMBytes, i.StoredBytes = m.Stats.RAMBytes, m.Stats.StoredBytes
+	i.Parent, i.Depth, i.GroupID, i.Epoch = m.Parent, m.Depth, m.GroupID, m.Epoch
+	i.RAMBytes, i.StoredBytes, i.Inherited = m.Stats.RAMBytes, m.Stats.StoredBytes, m.InheritedBytes()
 	i.Pages, i.ZeroPages, i.CapturedPages = m.Stats.Pages, m.Stats.ZeroPages, m.Stats.CapturedPages
 	i.PauseNS = m.Stats.PauseNS
 	i.Discarded, _ = strconv.Atoi(m.Machine.Facts[image.FactDiscarded]) // absent: none
@@ -285,8 +287,11 @@ func (s *Store) resolveID(ctx context.Context, op, ref string) (candidate, error
 }
 
 // committedOf lists a VM's committed checkpoints, newest first.
-func (s *Store) committedOf(op, vm string) ([]candidate, error) {
-	list, err := s.candidates(op, vmDir(vm))
+func (s *Store) committedOf(op, vm string) ([]candidate, error) { return s.committedIn(op, vmDir(vm)) }
+
+// committedIn is committedOf for the VM of a directory.
+func (s *Store) committedIn(op, dir string) ([]candidate, error) {
+	list, err := s.candidates(op, dir)
 	if err != nil {
 		return nil, err
 	}

@@ -16,11 +16,12 @@ import (
 // readOnly reports whether err says that the file system takes no writes.
 func readOnly(err error) bool { return errors.Is(err, unix.EROFS) }
 
-// Remove deletes the checkpoint that an id or its abbreviation names. It refuses
-// (problem.Busy) what somebody uses, and (problem.Refused) what is pinned, what
-// others build on, and the last good checkpoint of its VM. force overrides the
-// pin, the last good one and leases that cannot be checked from here; never a
-// live lease, because somebody's guest would lose its memory, and never a parent.
+// Remove deletes the checkpoint that an id or its abbreviation names; others that
+// continue it have names of their own for what they took over. It refuses
+// (problem.Busy) what somebody uses, and (problem.Refused) what is pinned and the last
+// good checkpoint of its VM. force overrides the pin, the last good one and leases that
+// cannot be checked from here; never a live lease, because somebody's guest would lose
+// its memory.
 func (s *Store) Remove(ctx context.Context, id string, force bool) (Info, error) {
 	const op = "remove checkpoint"
 	c, err := s.resolveID(ctx, op, id)
@@ -57,23 +58,12 @@ func (s *Store) Remove(ctx context.Context, id string, force bool) (Info, error)
 	return info, s.sweepVolumes(ctx, op, c.vmDir)
 }
 
-// unlink makes a checkpoint vanish if it is not the last good one and nothing
-// builds on it. The caller holds the lock and removes the rest without it.
+// unlink makes a checkpoint vanish if it is not the last good one. The caller holds the
+// lock and removes the rest without it.
 func (s *Store) unlink(ctx context.Context, op string, c candidate, siblings []candidate, force bool) error {
 	others := false
 	for _, o := range siblings {
-		if o.id == c.id || !o.committed {
-			continue
-		}
-		i, _, err := s.info(o)
-		if err != nil {
-			return err
-		}
-		if i.Parent == c.id {
-			return problem.New(problem.Refused, op, c.id, "checkpoint %s builds on it", o.id).
-				WithHint("remove %s first", o.id)
-		}
-		others = others || !force && s.good(ctx, o)
+		others = others || o.id != c.id && o.committed && !force && s.good(ctx, o)
 	}
 	if !others && !force && s.good(ctx, c) {
 		return problem.New(problem.Refused, op, c.id, "it is the last good checkpoint of its VM").WithHint("--force removes it all the same")
@@ -140,9 +130,8 @@ type RetentionReport struct {
 }
 
 // ApplyRetention removes a VM's checkpoints beyond the keepLast newest good ones.
-// Pinned ones do not count and stay, as do those that somebody uses, those that a
-// kept one builds on, and damaged ones newer than the last that counts: somebody
-// may want to know. keepLast is at least 1, so the last good one always stays.
+// Pinned ones do not count and stay, as do those that somebody uses, and damaged ones
+// newer than the last that counts: somebody may want to know. keepLast is at least 1, so the last good one always stays.
 func (s *Store) ApplyRetention(ctx context.Context, vm string, keepLast int) (RetentionReport, error) {
 	const op = "apply retention"
 	var rep RetentionReport
@@ -159,14 +148,9 @@ func (s *Store) ApplyRetention(ctx context.Context, vm string, keepLast int) (Re
 			return err
 		}
 		good := 0
-		needed := map[string]bool{} // what kept checkpoints build on
 		for _, c := range list {
 			if err := ctx.Err(); err != nil {
 				return problem.New(problem.Cancelled, op, vm, "%w", err)
-			}
-			info, _, err := s.info(c)
-			if err != nil {
-				return err
 			}
 			reason := ""
 			switch {
@@ -181,15 +165,11 @@ func (s *Store) ApplyRetention(ctx context.Context, vm string, keepLast int) (Re
 				default:
 					return err
 				}
-				needed[info.Parent] = true
 				continue
-			case needed[c.id]:
-				reason = "a kept checkpoint builds on it"
 			case len(held(c.leases, false)) > 0:
 				reason = held(c.leases, false)[0].String()
 			}
 			if reason != "" {
-				needed[info.Parent] = true
 				rep.Kept = append(rep.Kept, Kept{c.id, reason})
 				continue
 			}
@@ -243,7 +223,12 @@ func (s *Store) GC(ctx context.Context, o GCOptions) (GCReport, error) {
 		}
 	}
 	err = s.locked(ctx, op, func() error {
-		return s.gcFile(filepath.Join(s.dir, markerName+tmpSuffix), o, &rep)
+		for _, name := range []string{markerName, secretName} {
+			if err := s.gcFile(filepath.Join(s.dir, name+tmpSuffix), o, &rep); err != nil {
+				return err
+			}
+		}
+		return nil
 	})
 	return rep, fsys.Problem(op, s.dir, err)
 }
@@ -274,8 +259,18 @@ func (s *Store) gcVM(ctx context.Context, op, vm string, o GCOptions, rep *GCRep
 					}
 				}
 			}
-			if err := s.gcFile(manifestPath(c.dir)+tmpSuffix, o, rep); err != nil {
+			// While a merge is under way the rest is its own.
+			files, err := s.replaced(op, c, "", o.Force)
+			if err != nil {
 				return err
+			}
+			if len(held(c.leases, o.Force)) == 0 {
+				files = append(files, manifestPath(c.dir)+tmpSuffix)
+			}
+			for _, path := range files {
+				if err := s.gcFile(path, o, rep); err != nil {
+					return err
+				}
 			}
 		}
 		return nil

@@ -119,31 +119,10 @@ func (t *Txn) Commit(ctx context.Context, m *image.Manifest) error {
 	if err := t.syncVolumes(m); err != nil {
 		return err
 	}
-	tmp := manifestPath(t.dir) + tmpSuffix
-	if err := removeFile(t.s.fs, tmp); err != nil { // of a Commit that failed
-		return fsys.Problem(op, tmp, err)
-	}
-	if err := fsys.WriteFile(t.s.fs, tmp, data); err != nil {
-		return fsys.Problem(op, tmp, err)
-	}
-	// The names must be durable before the rename can be: a power loss between the
-	// two would otherwise leave a manifest that names files that are not there.
-	if err := t.s.fs.SyncDir(t.dir); err != nil {
-		return fsys.Problem(op, t.dir, err)
-	}
-	if err := ctx.Err(); err != nil {
-		return problem.New(problem.Cancelled, op, t.id, "%w", err)
-	}
-	if err := t.s.fs.Rename(tmp, manifestPath(t.dir)); err != nil {
-		return fsys.Problem(op, t.dir, err)
-	}
-	if err := t.s.fs.SyncDir(t.dir); err != nil {
-		// Visible, but maybe not for long. Take it back: a checkpoint that might
-		// vanish is worse than none.
-		if uerr := t.uncommit(); uerr != nil {
-			err = errors.Join(err, uerr)
-		}
-		return fsys.Problem(op, t.dir, err)
+	if err := t.s.putManifest(ctx, t.dir, data); err != nil {
+		// If it is visible, then maybe not for long. Take it back: a checkpoint that
+		// might vanish is worse than none.
+		return fsys.Problem(op, t.dir, errors.Join(err, t.uncommit()))
 	}
 	t.done = true
 	// A lease that stays behind ends with this process.
@@ -152,7 +131,11 @@ func (t *Txn) Commit(ctx context.Context, m *image.Manifest) error {
 }
 
 func (t *Txn) uncommit() error {
-	if err := removeFile(t.s.fs, manifestPath(t.dir)); err != nil {
+	err := t.s.fs.Remove(manifestPath(t.dir))
+	if errors.Is(err, fs.ErrNotExist) {
+		return nil // it never was
+	}
+	if err != nil {
 		return err
 	}
 	return t.s.fs.SyncDir(t.dir)
@@ -164,6 +147,9 @@ func (t *Txn) uncommit() error {
 func (t *Txn) syncFiles(ctx context.Context, m *image.Manifest) error {
 	const op = "commit checkpoint"
 	files := []image.FileRef{m.DeviceState, {Name: m.Pagemap.Name, Bytes: m.Pagemap.Bytes}}
+	if m.Tags != nil {
+		files = append(files, m.Tags.FileRef)
+	}
 	for _, s := range m.Segments {
 		files = append(files, image.FileRef{Name: s.Name, Bytes: s.Bytes})
 	}

@@ -1,6 +1,7 @@
 package storetest
 
 import (
+	"bytes"
 	"context"
 	"errors"
 	"path/filepath"
@@ -35,7 +36,9 @@ func Run(t *testing.T, open func(t *testing.T) (fsys.FS, string)) {
 		{"NewestThatVerifies", testNewest},
 		{"RemoveRefusals", testRemove},
 		{"ReadersKeep", testReaders},
-		{"Parents", testParents},
+		{"Chain", testChain},
+		{"Merge", testMerge},
+		{"ParentByID", testParentByID},
 		{"Pins", testPins},
 		{"Retention", testRetention},
 		{"GCKeepsTheLiving", testGC},
@@ -406,27 +409,127 @@ func testReaders(t *testing.T, e *env) {
 	}
 }
 
-func testParents(t *testing.T, e *env) {
-	parent := Commit(t, e.Store, "a", 1)
-	txn, err := e.Begin(e.ctx, "a")
-	if err != nil {
+func testChain(t *testing.T, e *env) {
+	c := NewChain("a", 1)
+	var ids []string
+	for i := range 12 {
+		ids = append(ids, c.Next(t, e.Store, image.WriterOptions{Compress: []string{"none", "s2", "zstd"}[i%3], Dedup: i%2 == 0}))
+	}
+	in, err := e.Store.Inspect(e.ctx, ids[11])
+	if err != nil || in.Parent != ids[10] || in.Depth != 11 || in.Inherited == 0 {
+		t.Fatalf("%+v, %v", in.Info, err)
+	}
+	// Any member goes, the others stay; a pinned one and the last one go only if told.
+	for _, i := range []int{5, 0, 11, 3} {
+		if _, err := e.Remove(e.ctx, ids[i], false); err != nil {
+			t.Fatal(err)
+		}
+		if n := c.Check(t, e.Store); n == 0 {
+			t.Fatal("nothing left")
+		}
+	}
+	if err := e.Pin(e.ctx, ids[1]); err != nil {
 		t.Fatal(err)
 	}
-	m, err := Fill(e.ctx, txn, 2, image.WriterOptions{})
-	if err != nil {
-		t.Fatal(err)
-	}
-	m.Parent = parent
-	if err := txn.Commit(e.ctx, m); err != nil {
-		t.Fatal(err)
-	}
-	_, err = e.Remove(e.ctx, parent, true)
-	want(t, err, problem.Refused)
-	rep, err := e.ApplyRetention(e.ctx, "a", 1)
-	if err != nil || len(rep.Removed) != 0 || len(rep.Kept) != 1 {
+	rep, err := e.ApplyRetention(e.ctx, "a", 2)
+	if err != nil || len(rep.Removed) != 5 || len(rep.Kept) != 1 {
 		t.Fatalf("%+v, %v", rep, err)
 	}
-	Check(t, e.Store, parent, 1)
+	if n := c.Check(t, e.Store); n != 3 {
+		t.Fatalf("%d left", n)
+	}
+	// A removed parent is not continued; the newest is.
+	id := c.Next(t, e.Store, image.WriterOptions{})
+	if in, err := e.Store.Inspect(e.ctx, id); err != nil || in.Parent != ids[10] {
+		t.Fatalf("%+v, %v", in.Info, err)
+	}
+	rep2, err := e.GC(e.ctx, store.GCOptions{})
+	if err != nil || len(rep2.Removed) != 0 {
+		t.Fatalf("%+v, %v", rep2, err)
+	}
+	c.Check(t, e.Store)
+}
+
+func testMerge(t *testing.T, e *env) {
+	c := NewChain("a", 2)
+	var ids []string
+	for range 6 {
+		ids = append(ids, c.Next(t, e.Store, image.WriterOptions{}))
+	}
+	reader, err := e.OpenImage(e.ctx, ids[5])
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer reader.Close()
+	info, err := e.Merge(e.ctx, ids[5], store.MergeOptions{Compress: "zstd"})
+	if err != nil || info.Depth != 0 || info.Parent != "" || info.Inherited != 0 {
+		t.Fatalf("%+v, %v", info, err)
+	}
+	c.Check(t, e.Store)
+	// The one who read it has the files of before, and reads on.
+	got := make([]byte, len(c.RAM))
+	if _, err := reader.ReadRun(0, 0, got); err != nil || !bytes.Equal(got, c.Want[ids[5]]) {
+		t.Fatalf("RAM differs or %v", err)
+	}
+	files := func() int {
+		in, err := e.Store.Inspect(e.ctx, ids[5])
+		if err != nil {
+			t.Fatal(err)
+		}
+		return len(in.Files)
+	}
+	before := files()
+	if rep, err := e.GC(e.ctx, store.GCOptions{}); err != nil || len(rep.Removed) != 0 {
+		t.Fatalf("%+v, %v", rep, err)
+	}
+	if err := reader.Close(); err != nil {
+		t.Fatal(err)
+	}
+	if rep, err := e.GC(e.ctx, store.GCOptions{}); err != nil || len(rep.Removed) == 0 || files() >= before {
+		t.Fatalf("%+v, %v: %d files, %d before", rep, err, files(), before)
+	}
+	// Continued and merged again; in the middle of a chain as well as at its end.
+	for range 3 {
+		ids = append(ids, c.Next(t, e.Store, image.WriterOptions{}))
+	}
+	for _, i := range []int{7, 8, 2} {
+		for range 2 { // the second time there is nothing to do
+			if _, err := e.Merge(e.ctx, ids[i], store.MergeOptions{}); err != nil {
+				t.Fatal(err)
+			}
+		}
+	}
+	if n := c.Check(t, e.Store); n != 9 {
+		t.Fatalf("%d left", n)
+	}
+	if _, err := e.ApplyRetention(e.ctx, "a", 1); err != nil {
+		t.Fatal(err)
+	}
+	c.Check(t, e.Store)
+}
+
+func testParentByID(t *testing.T, e *env) {
+	c := NewChain("a", 3)
+	first := c.Next(t, e.Store, image.WriterOptions{})
+	other := NewChain("b", 3).Next(t, e.Store, image.WriterOptions{})
+	old := Commit(t, e.Store, "a", 1) // without tags, as version 1.1 wrote them
+	key, err := e.TagKey(e.ctx, "vm:a")
+	if err != nil {
+		t.Fatal(err)
+	}
+	if p, err := e.OpenParent(e.ctx, "a", first, key); err != nil || p.Close() != nil {
+		t.Fatal(err)
+	}
+	for _, id := range []string{other, old} {
+		_, err := e.OpenParent(e.ctx, "a", id, key)
+		want(t, err, problem.Refused)
+	}
+	if p, err := e.OpenParent(e.ctx, "a", "", key); p != nil || err != nil {
+		t.Fatalf("%v, %v", p, err)
+	}
+	if p, err := e.OpenParent(e.ctx, "nosuch", "", key); p != nil || err != nil {
+		t.Fatalf("%v, %v", p, err)
+	}
 }
 
 func testPins(t *testing.T, e *env) {
