@@ -316,6 +316,8 @@ func (d *driver) report(o controller.Outcome) {
 		return
 	}
 	d.p.Taken(d.turn.res)
+	c := &d.p.Capture
+	d.merger.after(d.st, d.turn.res.Manifest, c.FullEvery, c.Compress, d.p.Failed)
 	if d.turn.err != nil {
 		d.p.Failed(d.turn.err) // older ones are still there
 	}

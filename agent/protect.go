@@ -53,6 +53,8 @@ type Protector struct {
 	machine  image.Machine // as it was at the beginning
 	gentlest capture.Mode  // what mode auto comes to
 
+	merger merger
+
 	inbox chan note     // what happened, for Run
 	done  chan struct{} // closed when Run has returned
 
@@ -100,6 +102,7 @@ func (v *VM) Protect(st *store.Store, p Protection) *Protector {
 // migration, memory that is short).
 func (p *Protector) Run(ctx context.Context) error {
 	defer close(p.done)
+	defer p.merger.stop()
 	d := newDriver(ctx, p)
 	defer d.join()
 	return d.run(ctx)

@@ -25,8 +25,14 @@ type pageBuffer struct {
 type bufferedRun struct {
 	block        int
 	first, pages uint64
-	offset       int // in mem; -1 for zero pages
+	offset       int // in mem, or what follows
 }
+
+// What a run without an offset is.
+const (
+	bufferedZero      = -1
+	bufferedUnchanged = -2
+)
 
 // bufferSlack is room for what the guest populates between the estimate and the
 // pause.
@@ -93,21 +99,26 @@ func (b *pageBuffer) free() {
 }
 
 // fill copies the stopped VM's RAM.
-func (b *pageBuffer) fill(ctx context.Context, src *source.Source) error {
+func (b *pageBuffer) fill(ctx context.Context, src *source.Source, written *Written) error {
 	const step = 64 << 20 / source.PageBytes
-	var runs []source.Run
+	var runs []pageRun
+	var scratch []source.Run
 	for i := range src.Blocks() {
 		for first, end := uint64(0), src.Block(i).Pages; first < end; first += step {
 			if err := ctx.Err(); err != nil {
 				return err
 			}
 			var err error
-			if runs, err = src.Runs(i, first, min(step, end-first), runs[:0]); err != nil {
+			if runs, err = written.runs(src, i, first, min(step, end-first), runs[:0], &scratch); err != nil {
 				return err
 			}
 			for _, r := range runs {
+				if r.unchanged {
+					b.runs = append(b.runs, bufferedRun{i, r.First, r.Pages, bufferedUnchanged})
+					continue
+				}
 				if r.Zero {
-					b.runs = append(b.runs, bufferedRun{i, r.First, r.Pages, -1})
+					b.runs = append(b.runs, bufferedRun{i, r.First, r.Pages, bufferedZero})
 					continue
 				}
 				n := int(r.Pages * source.PageBytes)
@@ -130,7 +141,13 @@ func (b *pageBuffer) fill(ctx context.Context, src *source.Source) error {
 func (b *pageBuffer) write(ctx context.Context, w *image.Writer) error {
 	const step = 1 << 20
 	for _, r := range b.runs {
-		if r.offset < 0 {
+		if r.offset == bufferedUnchanged {
+			if err := w.WriteUnchanged(r.block, r.first, r.pages); err != nil {
+				return err
+			}
+			continue
+		}
+		if r.offset == bufferedZero {
 			if err := w.WriteZero(r.block, r.first, r.pages); err != nil {
 				return err
 			}

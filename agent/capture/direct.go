@@ -76,7 +76,7 @@ func (d *direct) join() {
 
 // write reads the stopped VM's RAM and writes it to the image, in steps that
 // workers take in turn.
-func (d *direct) write(ctx context.Context, src *source.Source, w *image.Writer) error {
+func (d *direct) write(ctx context.Context, src *source.Source, w *image.Writer, written *Written) error {
 	type step struct {
 		block    int
 		first, n uint64
@@ -92,7 +92,8 @@ func (d *direct) write(ctx context.Context, src *source.Source, w *image.Writer)
 	for range directWorkers {
 		g.Go(func() error {
 			buf := make([]byte, directStep*source.PageBytes)
-			var runs []source.Run
+			var runs []pageRun
+			var scratch []source.Run
 			for ctx.Err() == nil {
 				k := next.Add(1) - 1
 				if k >= int64(len(steps)) {
@@ -100,11 +101,13 @@ func (d *direct) write(ctx context.Context, src *source.Source, w *image.Writer)
 				}
 				s := steps[k]
 				var err error
-				if runs, err = src.Runs(s.block, s.first, s.n, runs[:0]); err != nil {
+				if runs, err = written.runs(src, s.block, s.first, s.n, runs[:0], &scratch); err != nil {
 					return err
 				}
 				for _, r := range runs {
-					if r.Zero {
+					if r.unchanged {
+						err = w.WriteUnchanged(s.block, r.First, r.Pages)
+					} else if r.Zero {
 						err = w.WriteZero(s.block, r.First, r.Pages)
 					} else if err = src.Read(s.block, r.First, buf[:r.Pages*source.PageBytes]); err == nil {
 						err = w.WritePages(s.block, r.First, buf[:r.Pages*source.PageBytes])

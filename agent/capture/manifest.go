@@ -49,7 +49,7 @@ func (s *session) manifest(sum image.Summary, hot image.HotRuns, disks []image.D
 	m := &image.Manifest{
 		VM: s.sub.Name, CreatedAt: s.res.Timing.At,
 		Mode: string(s.mode), Engine: string(s.engine),
-		QEMU: s.sub.QEMU, Machine: s.sub.Machine, Hot: hot, Disks: disks,
+		QEMU: s.sub.QEMU, Machine: s.sub.Machine, Hot: hot, Disks: disks, Parent: s.parent, Depth: s.depth,
 	}
 	// Whether the guest ran is known only now: somebody may have paused it since
 	// the machine was described.

@@ -6,6 +6,7 @@ import (
 	"time"
 
 	"github.com/ckagent/ckagent/agent/capture/source"
+	"github.com/ckagent/ckagent/agent/image"
 	"github.com/ckagent/ckagent/agent/problem"
 )
 
@@ -45,6 +46,21 @@ type Options struct {
 	Mode     Mode
 	Engine   Engine
 	Compress string // none, s2 or zstd
+
+	// Parent is the checkpoint to continue, of whose pages only those with another
+	// content are stored: ParentAuto (default), ParentNone or an id.
+	Parent string
+	// FullEvery is how many checkpoints a chain has at most before a full one is taken;
+	// 1: all are full ones. Default DefaultFullEvery.
+	FullEvery int
+	// Dedup has content looked for elsewhere: in the VM's own RAM, and with Tenant in the
+	// newest checkpoints of the other VMs of that name. VMs of different tenants, and of
+	// none, share nothing.
+	Dedup  bool
+	Tenant string
+	// Written, if not nil, is asked while the VM stands still, in modes stop and buffer,
+	// what was written since the parent: nothing else is read then. nil: not known.
+	Written func(ctx context.Context) (*Written, error)
 
 	// MaxStall bounds how long a vCPU may wait for us. Default 100 ms.
 	MaxStall time.Duration
@@ -105,6 +121,12 @@ func (o Options) withDefaults() (Options, error) {
 	if o.Compress == "" {
 		o.Compress = "none"
 	}
+	if o.Parent == "" {
+		o.Parent = ParentAuto
+	}
+	if o.FullEvery == 0 {
+		o.FullEvery = DefaultFullEvery
+	}
 	if o.Disks == "" {
 		o.Disks = DisksBackup
 	}
@@ -124,6 +146,15 @@ func (o Options) withDefaults() (Options, error) {
 			WithHint("use stop, buffer or cow")
 	default:
 		return o, usage("mode %q: want auto, stop, buffer or cow", o.Mode)
+	}
+	if o.FullEvery < 1 || o.FullEvery > image.MaxDepth {
+		return o, usage("a full checkpoint every %d: want 1 to %d", o.FullEvery, image.MaxDepth)
+	}
+	if len(o.Tenant) > 200 {
+		return o, usage("tenant %.40q: want at most 200 bytes", o.Tenant)
+	}
+	if o.Tenant != "" {
+		o.Dedup = true
 	}
 	switch o.Disks {
 	case DisksBackup, DisksSnapshot, DisksNone:

@@ -33,9 +33,10 @@ type Result struct {
 	Manifest *image.Manifest
 	Timing   Timing
 	Capture  faultserver.Stats // mode cow
-	Reason   string            // why mode auto was not mode cow from the first attempt on; empty otherwise
-	Retaken  []string          // why earlier attempts were discarded
-	Notes    []string          // what went wrong beside it
+	Image    image.Progress
+	Reason   string   // why mode auto was not mode cow from the first attempt on; empty otherwise
+	Retaken  []string // why earlier attempts were discarded
+	Notes    []string // what went wrong beside it
 	PID      int
 }
 
@@ -105,6 +106,8 @@ type session struct {
 	src    *source.Source
 	blocks []source.Block
 	writer *image.Writer
+	parent string // checkpoint that this one continues; empty: it is a full one
+	depth  int
 	disks  diskMethod
 	left   []image.Disk // disks that are left out
 
@@ -171,7 +174,7 @@ func (s *session) take(ctx context.Context) (err error) {
 			err = errors.Join(err, s.disks.Drop(ctx))
 		}
 	}()
-	if s.writer, err = image.NewWriter(txn.Dir(), blocks, image.WriterOptions{Compress: s.o.Compress}); err != nil {
+	if err := s.openWriter(ctx, txn, blocks); err != nil {
 		return err
 	}
 	finished := false
@@ -195,6 +198,7 @@ func (s *session) take(ctx context.Context) (err error) {
 	}
 	s.o.tell("commit", 0, "making it durable")
 	finished = true
+	s.res.Image = s.writer.Progress()
 	sum, err := s.writer.Finish(ctx)
 	if err != nil {
 		return err
@@ -276,13 +280,23 @@ func (s *session) capture(ctx context.Context) (hot image.HotRuns, err error) {
 			return nil, err
 		}
 		defer buf.free()
-		inside = func(ctx context.Context) error { return buf.fill(ctx, s.src) }
+		inside = func(ctx context.Context) error {
+			written, err := s.written(ctx)
+			if err != nil {
+				return err
+			}
+			return buf.fill(ctx, s.src, written)
+		}
 		after = func(ctx context.Context) error { return buf.write(ctx, s.writer) }
 	default:
 		d := &direct{}
 		defer d.join()
 		inside = func(ctx context.Context) error {
-			return d.run(ctx, storeStall, func(ctx context.Context) error { return d.write(ctx, s.src, s.writer) })
+			written, err := s.written(ctx)
+			if err != nil {
+				return err
+			}
+			return d.run(ctx, storeStall, func(ctx context.Context) error { return d.write(ctx, s.src, s.writer, written) })
 		}
 		after = func(context.Context) error { return nil }
 	}

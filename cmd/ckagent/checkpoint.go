@@ -20,6 +20,10 @@ type captureFlags struct {
 	mode       string
 	engine     string
 	compress   string
+	parent     string
+	fullEvery  int
+	dedup      bool
+	tenant     string
 	keepLast   int
 	minFree    sizeValue
 	maxStall   time.Duration
@@ -43,6 +47,10 @@ func (f *captureFlags) add(c *cobra.Command) {
 	fl.StringVar(&f.mode, "mode", "auto", "auto, stop, buffer or cow")
 	fl.StringVar(&f.engine, "engine", "auto", "capture engine of mode cow: auto, uffd or bpf (the kernel copies pages before they are written)")
 	fl.StringVar(&f.compress, "compress", "none", "none, s2 or zstd")
+	fl.StringVar(&f.parent, "parent", capture.ParentAuto, "checkpoint to continue, of whose pages only changed ones are stored: auto (the VM's newest), none or an id")
+	fl.IntVar(&f.fullEvery, "full-every", capture.DefaultFullEvery, "most checkpoints in a chain: attach merges the newest before, and a full one is taken where that was not done (1: full ones only)")
+	fl.BoolVar(&f.dedup, "dedup", false, "store content once that the guest has more than once, or that it has moved")
+	fl.StringVar(&f.tenant, "tenant", "", "with --dedup also what other VMs of this tenant have; VMs of different tenants share nothing")
 	fl.IntVar(&f.keepLast, "keep-last", 4, "delete the VM's checkpoints beyond this many (0: keep all)")
 	fl.Var(&f.minFree, "min-free", "space to leave free in the store")
 	fl.DurationVar(&f.maxStall, "max-stall", 100*time.Millisecond, "longest time a vCPU may wait for us")
@@ -78,7 +86,11 @@ func (f *captureFlags) options(a *app) (capture.Options, error) {
 	if f.keepLast < 0 {
 		return capture.Options{}, usageError("--keep-last %d: want 0 or more", f.keepLast)
 	}
+	if f.fullEvery < 1 {
+		return capture.Options{}, usageError("--full-every %d: want 1 or more", f.fullEvery)
+	}
 	return capture.Options{
+		Parent: f.parent, FullEvery: f.fullEvery, Dedup: f.dedup, Tenant: f.tenant,
 		Mode: capture.Mode(f.mode), Engine: capture.Engine(f.engine), Compress: f.compress,
 		MaxStall: f.maxStall, MinFreeBytes: uint64(f.minFree),
 		ArenaBytes: uint64(f.captureMem), BufferBytes: uint64(f.bufferMem),
@@ -152,12 +164,15 @@ type checkpointResult struct {
 	Mode          string     `json:"mode"`
 	Engine        string     `json:"engine"`
 	Parent        string     `json:"parent"`
+	Depth         int        `json:"depth"` // of the chain; 0: a full one
 	RAMBytes      uint64     `json:"ram_bytes"`
 	PageBytes     uint64     `json:"page_bytes"`
 	Pages         uint64     `json:"pages"`
 	ZeroPages     uint64     `json:"zero_pages"`
 	CapturedPages uint64     `json:"captured_pages"`
 	StoredBytes   uint64     `json:"stored_bytes"`
+	Unchanged     uint64     `json:"unchanged_pages"` // since the parent, zero pages left out
+	Shared        uint64     `json:"shared_pages"`    // found elsewhere
 	PauseNS       int64      `json:"pause_ns"`
 	ArmNS         int64      `json:"arm_ns"`
 	DeviceStateNS int64      `json:"device_state_ns"`
@@ -191,7 +206,8 @@ type checkpointResult struct {
 func (a *app) printCheckpoint(res *capture.Result) {
 	m, st := res.Manifest, res.Capture
 	r := checkpointResult{
-		Schema: schema("checkpoint"), ID: m.ID, VM: m.VM, QEMUPID: res.PID, Mode: m.Mode, Engine: m.Engine, Parent: m.Parent,
+		Schema: schema("checkpoint"), ID: m.ID, VM: m.VM, QEMUPID: res.PID, Mode: m.Mode, Engine: m.Engine, Parent: m.Parent, Depth: m.Depth,
+		Unchanged: res.Image.UnchangedPages, Shared: res.Image.SharedPages,
 		RAMBytes: m.Stats.RAMBytes, PageBytes: m.Blocks[0].PageBytes, Pages: m.Stats.Pages, ZeroPages: m.Stats.ZeroPages,
 		CapturedPages: m.Stats.CapturedPages, StoredBytes: m.Stats.StoredBytes,
 		PauseNS: m.Stats.PauseNS, ArmNS: m.Stats.ArmNS, DeviceStateNS: m.Stats.DeviceStateNS, TotalNS: m.Stats.TotalNS,
@@ -216,6 +232,9 @@ func (a *app) printCheckpoint(res *capture.Result) {
 	fmt.Fprintf(a.out, "%s of VM %s: mode %s, engine %s, pause %s (device state %s), total %s, %s RAM, %s stored, %d pages by %d faults\n",
 		r.ID, r.VM, r.Mode, r.Engine, durationText(time.Duration(r.PauseNS)), durationText(time.Duration(r.DeviceStateNS)),
 		durationText(time.Duration(r.TotalNS)), sizeText(r.RAMBytes), sizeText(r.StoredBytes), r.CapturedPages, r.Faults)
+	if r.Parent != "" {
+		fmt.Fprintf(a.out, "continues %s: %d pages unchanged\n", r.Parent, r.Unchanged)
+	}
 	printDisks(a, r.Disks)
 	for _, why := range r.Retaken {
 		fmt.Fprintf(a.out, "an attempt was discarded: %s\n", why)

@@ -72,11 +72,19 @@ func printManifest(a *app, m *image.Manifest) {
 	p("taken", "%s, mode %s, engine %s, pause %s, total %s", m.CreatedAt.Local().Format(time.RFC3339), m.Mode, m.Engine,
 		durationText(time.Duration(m.Stats.PauseNS)), durationText(time.Duration(m.Stats.TotalNS)))
 	p("parent", "%s", dash(m.Parent))
+	if m.InheritedBytes() > 0 {
+		p("chain", "%d steps; %s in segments of other checkpoints", m.Depth, sizeText(m.InheritedBytes()))
+	}
 	p("qemu", "%s %s (%s)", m.QEMU.BinaryPath, m.QEMU.Version, dash(m.QEMU.Package))
 	p("machine", "%s, accel %s, %d vCPUs, CPU %s, -rtc %s", m.Machine.Type, m.Machine.Accel, m.Machine.VCPUs,
 		dash(m.Machine.CPUModel), dash(m.Machine.RTC))
 	p("ram", "%s in %d pages, %d of them zero, %d captured by faults; stored %s", sizeText(m.Stats.RAMBytes),
 		m.Stats.Pages, m.Stats.ZeroPages, m.Stats.CapturedPages, sizeText(m.Stats.StoredBytes))
+	for _, s := range m.Segments {
+		if s.Owner != "" {
+			p("from", "%s%s: %d pages in %s of %s", s.Owner, map[bool]string{true: " of VM " + s.VM}[s.VM != ""], s.Pages, sizeText(s.Bytes), s.Kind)
+		}
+	}
 	for _, b := range m.Blocks {
 		p("block", "%-24s %10s used, %10s mapped, %s%s", b.Name, sizeText(b.UsedBytes), sizeText(b.TotalBytes), b.Backing,
 			map[bool]string{true: ", guest RAM"}[b.Main])

@@ -48,6 +48,9 @@ func runLs(c *cobra.Command, a *app, o lsOptions) error {
 		if v.Pinned {
 			notes = append(notes, "pinned")
 		}
+		if v.Depth > 0 {
+			notes = append(notes, "continues "+v.Parent)
+		}
 		if v.Leased {
 			notes = append(notes, "in use")
 		}

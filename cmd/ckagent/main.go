@@ -87,7 +87,7 @@ func newRootCommand(a *app) *cobra.Command {
 		newAttachCommand(a), newStatusCommand(a), newPolicyCommand(a),
 		newCheckpointCommand(a), newReleaseCommand(a), newDetachCommand(a),
 		newLsCommand(a), newInspectCommand(a), newVerifyCommand(a),
-		newRmCommand(a), newGCCommand(a), newPinCommand(a), newUnpinCommand(a),
+		newRmCommand(a), newGCCommand(a), newMergeCommand(a), newPinCommand(a), newUnpinCommand(a),
 		newRestoreCommand(a), newPageCommand(a),
 		newExportCommand(a), newImportCommand(a),
 		newDemoCommand(a), newVersionCommand(a),

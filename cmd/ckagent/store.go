@@ -23,8 +23,10 @@ type checkpointView struct {
 	Mode          string    `json:"mode"`
 	Engine        string    `json:"engine"`
 	Parent        string    `json:"parent"`
+	Depth         int       `json:"depth"`
 	RAMBytes      uint64    `json:"ram_bytes"`
 	StoredBytes   uint64    `json:"stored_bytes"`
+	Inherited     uint64    `json:"inherited_bytes"` // of segments shared with other checkpoints
 	Pages         uint64    `json:"pages"`
 	ZeroPages     uint64    `json:"zero_pages"`
 	CapturedPages uint64    `json:"captured_pages"`
@@ -36,7 +38,7 @@ type checkpointView struct {
 }
 
 func viewOf(i store.Info) checkpointView {
-	v := checkpointView{ID: i.ID, VM: i.VM, CreatedAt: i.CreatedAt, Mode: i.Mode, Engine: i.Engine, Parent: i.Parent,
+	v := checkpointView{ID: i.ID, VM: i.VM, CreatedAt: i.CreatedAt, Mode: i.Mode, Engine: i.Engine, Parent: i.Parent, Depth: i.Depth, Inherited: i.Inherited,
 		RAMBytes: i.RAMBytes, StoredBytes: i.StoredBytes, Pages: i.Pages, ZeroPages: i.ZeroPages,
 		CapturedPages: i.CapturedPages, PauseNS: i.PauseNS, Pinned: i.Pinned, Leased: i.Leased()}
 	for _, l := range i.Leases {

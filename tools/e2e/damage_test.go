@@ -34,7 +34,8 @@ func newCrypt(t *testing.T, args ...string) *crypt {
 	c.v.WaitProgress(t, 500)
 	c.older = c.x.checkpoint(t, c.v.PID())
 	c.v.WaitProgress(t, 500)
-	c.newer = c.x.checkpoint(t, c.v.PID())
+	// A full one: of a segment that belongs to another, only a part would count.
+	c.newer = c.x.checkpoint(t, c.v.PID(), "--parent", "none")
 	if err := c.v.Crash(); err != nil {
 		t.Fatal(err)
 	}
@@ -134,6 +135,9 @@ func TestDamage(t *testing.T) {
 						want = exitNotFound // without a manifest there is no checkpoint
 					}
 					x.fails(t, want, []string{c.newer.ID}, "verify", c.newer.ID, "--store", x.store)
+					if file == "tags" {
+						return // a restore does not need them
+					}
 					f := x.fails(t, want, []string{c.newer.ID}, "restore", c.newer.ID, "--store", x.store, "--eager")
 					if testing.Verbose() {
 						t.Log(f.Message)

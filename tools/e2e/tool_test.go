@@ -198,6 +198,10 @@ type checkpoint struct {
 	QEMUPID       int      `json:"qemu_pid"`
 	Mode          string   `json:"mode"`
 	Engine        string   `json:"engine"`
+	Parent        string   `json:"parent"`
+	Depth         int      `json:"depth"`
+	Unchanged     uint64   `json:"unchanged_pages"`
+	Shared        uint64   `json:"shared_pages"`
 	RAMBytes      uint64   `json:"ram_bytes"`
 	PageBytes     uint64   `json:"page_bytes"`
 	Pages         uint64   `json:"pages"`
