@@ -23,7 +23,7 @@ const DefaultFullEvery = 32
 const maxDonors = 16
 
 // Written is what somebody knows who tracked the guest's writes since a checkpoint:
-// every page that is not in it has the content that it had then.
+// every page that is not in it and is there has the content that it had then.
 type Written struct {
 	Since string     // id of that checkpoint
 	Pages [][]uint64 // per RAMBlock, a bit a page
@@ -31,7 +31,7 @@ type Written struct {
 
 // openWriter starts the image, with what it can take over from other checkpoints.
 func (s *session) openWriter(ctx context.Context, txn *store.Txn, blocks []image.Block) error {
-	o := image.WriterOptions{Compress: s.o.Compress, VM: s.sub.Name}
+	o := image.WriterOptions{Compress: s.o.Compress, Direct: s.o.Direct, VM: s.sub.Name}
 	scope := s.o.Tenant
 	if scope == "" {
 		scope = "vm:" + s.sub.Name
@@ -114,11 +114,11 @@ func (s *session) openParent(ctx context.Context, key *image.TagKey) (*store.Ima
 // written is what was written since the parent, for modes that read RAM while the VM
 // stands still; nil if that is not known.
 func (s *session) written(ctx context.Context) (*Written, error) {
-	if s.o.Written == nil || s.parent == "" {
+	if s.o.Written == nil {
 		return nil, nil
 	}
 	w, err := s.o.Written(ctx)
-	if err != nil || w == nil || w.Since != s.parent {
+	if err != nil || w == nil || w.Since == "" || w.Since != s.parent {
 		return nil, err
 	}
 	for i := range s.src.Blocks() {
@@ -135,37 +135,28 @@ type pageRun struct {
 	unchanged bool
 }
 
-// runs appends the runs that make up the pages [first, first+n) of a block.
+// runs appends the runs that make up the pages [first, first+n) of a block. What is
+// absent is zeros, written or not: a discard (balloon, MADV_DONTNEED) leaves no mark.
 func (w *Written) runs(src *source.Source, block int, first, n uint64, out []pageRun, scratch *[]source.Run) ([]pageRun, error) {
-	content := func(first, n uint64) (err error) {
-		*scratch, err = src.Runs(block, first, n, (*scratch)[:0])
-		for _, r := range *scratch {
-			out = append(out, pageRun{Run: r})
-		}
-		return err
-	}
-	if w == nil {
-		err := content(first, n)
+	var err error
+	if *scratch, err = src.Runs(block, first, n, (*scratch)[:0]); err != nil {
 		return out, err
 	}
-	bit := func(p uint64) bool { return w.Pages[block][p/64]>>(p%64)&1 != 0 }
-	for end := first + n; first < end; {
-		in, to := bit(first), first+1
-		for to < end && bit(to) == in {
-			if !in && to%64 == 0 && w.Pages[block][to/64] == 0 {
-				to = min(to+64, end)
-				continue
-			}
-			to++
+	for _, r := range *scratch {
+		if w == nil || r.Zero {
+			out = append(out, pageRun{Run: r})
+			continue
 		}
-		if in {
-			if err := content(first, to-first); err != nil {
-				return out, err
+		for first, end := r.First, r.First+r.Pages; first < end; {
+			in, to := w.has(block, first), first+1
+			for to < end && w.has(block, to) == in {
+				to++
 			}
-		} else {
-			out = append(out, pageRun{Run: source.Run{First: first, Pages: to - first}, unchanged: true})
+			out = append(out, pageRun{Run: source.Run{First: first, Pages: to - first}, unchanged: !in})
+			first = to
 		}
-		first = to
 	}
 	return out, nil
 }
+
+func (w *Written) has(block int, page uint64) bool { return w.Pages[block][page/64]>>(page%64)&1 != 0 }

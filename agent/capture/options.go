@@ -47,6 +47,9 @@ type Options struct {
 	Engine   Engine
 	Compress string // none, s2 or zstd
 
+	// Direct writes pages past the host's page cache.
+	Direct bool
+
 	// Parent is the checkpoint to continue, of whose pages only those with another
 	// content are stored: ParentAuto (default), ParentNone or an id.
 	Parent string
@@ -58,8 +61,9 @@ type Options struct {
 	// none, share nothing.
 	Dedup  bool
 	Tenant string
-	// Written, if not nil, is asked while the VM stands still, in modes stop and buffer,
-	// what was written since the parent: nothing else is read then. nil: not known.
+	// Written, if not nil, is asked once in each attempt, while the VM stands still and its
+	// device state is saved, in modes stop and buffer, what was written since a checkpoint:
+	// if that is the parent, nothing else is read. nil: not known.
 	Written func(ctx context.Context) (*Written, error)
 
 	// MaxStall bounds how long a vCPU may wait for us. Default 100 ms.

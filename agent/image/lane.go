@@ -16,8 +16,12 @@ import (
 // ext4 gets large folios: of 256 KiB, 512 KiB and 1 MiB this was the fastest.
 const sliceBytes = 512 << 10
 
+// directSlice is the same for writes past the page cache, which are as fast as they
+// are large.
+const directSlice = 2 << 20
+
 // maxParts is the most runs of pages worth writing in one slice.
-const maxParts = sliceBytes / MinPageBytes
+const maxParts = directSlice / MinPageBytes
 
 // frameBuffer is how many bytes of frames are collected before a write.
 const frameBuffer = 256 << 10
@@ -88,6 +92,9 @@ func (w *Writer) room(s **segment, kind SegmentKind, n int) error {
 	if err != nil {
 		return fsys.Problem("start segment", path, err)
 	}
+	if w.o.Direct {
+		f.Direct()
+	}
 	*s = &segment{index: index, path: path, name: name, kind: kind, f: f}
 	w.segs.list = append(w.segs.list, *s)
 	return nil
@@ -109,6 +116,9 @@ func (w *Writer) append(s *segment, bufs [][]byte, n int) error {
 func (l *lane) write(w *Writer, block int, first uint64, data []byte) (zeros, stored uint64, err error) {
 	page := int(w.blocks[block].PageBytes)
 	step := max(sliceBytes, page)
+	if w.o.Direct {
+		step = max(directSlice, page)
+	}
 	for len(data) > 0 {
 		part := data[:min(step, len(data))]
 		n := uint64(len(part) / page)

@@ -31,6 +31,10 @@ type WriterOptions struct {
 	// WritebackBytes is after how much data per lane the kernel is asked to start
 	// writing, so that the final sync is short. Default 8 MiB; negative: never.
 	WritebackBytes int64
+	// Direct has pages written past the page cache, where the file system can. They take no
+	// memory from the guests and little time from the processors, and are not in memory
+	// for a restore.
+	Direct bool
 	// FS is where the files go. Default: the host's file system.
 	FS fsys.FS
 

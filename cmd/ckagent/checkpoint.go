@@ -20,6 +20,7 @@ type captureFlags struct {
 	mode       string
 	engine     string
 	compress   string
+	direct     bool
 	parent     string
 	fullEvery  int
 	dedup      bool
@@ -47,6 +48,7 @@ func (f *captureFlags) add(c *cobra.Command) {
 	fl.StringVar(&f.mode, "mode", "auto", "auto, stop, buffer or cow")
 	fl.StringVar(&f.engine, "engine", "auto", "capture engine of mode cow: auto, uffd or bpf (the kernel copies pages before they are written)")
 	fl.StringVar(&f.compress, "compress", "none", "none, s2 or zstd")
+	fl.BoolVar(&f.direct, "direct", false, "write past the host's page cache")
 	fl.StringVar(&f.parent, "parent", capture.ParentAuto, "checkpoint to continue, of whose pages only changed ones are stored: auto (the VM's newest), none or an id")
 	fl.IntVar(&f.fullEvery, "full-every", capture.DefaultFullEvery, "most checkpoints in a chain: attach merges the newest before, and a full one is taken where that was not done (1: full ones only)")
 	fl.BoolVar(&f.dedup, "dedup", false, "store content once that the guest has more than once, or that it has moved")
@@ -90,7 +92,7 @@ func (f *captureFlags) options(a *app) (capture.Options, error) {
 		return capture.Options{}, usageError("--full-every %d: want 1 or more", f.fullEvery)
 	}
 	return capture.Options{
-		Parent: f.parent, FullEvery: f.fullEvery, Dedup: f.dedup, Tenant: f.tenant,
+		Direct: f.direct, Parent: f.parent, FullEvery: f.fullEvery, Dedup: f.dedup, Tenant: f.tenant,
 		Mode: capture.Mode(f.mode), Engine: capture.Engine(f.engine), Compress: f.compress,
 		MaxStall: f.maxStall, MinFreeBytes: uint64(f.minFree),
 		ArenaBytes: uint64(f.captureMem), BufferBytes: uint64(f.bufferMem),

@@ -48,6 +48,9 @@ type File interface {
 	// StartWriteback asks for n bytes at off to be written out soon. A hint: it
 	// makes a later Sync short and promises nothing.
 	StartWriteback(off, n int64)
+	// Direct asks for writes that go past the page cache. A hint: buffers that do not
+	// start and end on pages, and file systems without it, are written as usual.
+	Direct()
 	// Sync makes content and size durable.
 	Sync() error
 	Close() error

@@ -165,15 +165,22 @@ func retryEINTR(f func() error) error {
 const maxVec = 256
 
 type osFile struct {
-	f   *os.File
-	fd  int
-	iov [maxVec]unix.Iovec // reused: a File has one user at a time
+	f      *os.File
+	fd     int
+	direct bool               // wanted
+	is     bool               // the descriptor's flag now
+	iov    [maxVec]unix.Iovec // reused: a File has one user at a time
 }
 
 func (w *osFile) WriteVec(bufs [][]byte, off int64) error {
 	for len(bufs) > 0 {
 		n := min(len(bufs), maxVec)
+		w.aim(bufs[:n], off)
 		written, err := writeVec(w.fd, w.iov[:0], bufs[:n], off)
+		if errors.Is(err, unix.EINVAL) && w.is { // the file system or its device wants more
+			w.direct = false
+			continue
+		}
 		if err != nil {
 			return &fs.PathError{Op: "write", Path: fmt.Sprintf("%s at %d", w.f.Name(), off), Err: err}
 		}
@@ -183,7 +190,35 @@ func (w *osFile) WriteVec(bufs [][]byte, off int64) error {
 	return nil
 }
 
+// Direct implements File.
+func (w *osFile) Direct() { w.direct = true }
+
+const directAlign = 4096
+
+// aim sets or clears O_DIRECT for a write.
+func (w *osFile) aim(bufs [][]byte, off int64) {
+	want := w.direct && off%directAlign == 0
+	for _, b := range bufs {
+		want = want && len(b)%directAlign == 0 && aligned(b, directAlign)
+	}
+	if want == w.is {
+		return
+	}
+	flags := unix.O_WRONLY
+	if want {
+		flags |= unix.O_DIRECT
+	}
+	if _, err := unix.FcntlInt(uintptr(w.fd), unix.F_SETFL, flags); err != nil {
+		w.direct = false // it has none
+		return
+	}
+	w.is = want
+}
+
 func (w *osFile) StartWriteback(off, n int64) {
+	if w.is {
+		return
+	}
 	// A hint: errors show up in Sync, which decides.
 	_ = unix.SyncFileRange(w.fd, off, n, unix.SYNC_FILE_RANGE_WRITE)
 }

@@ -10,6 +10,9 @@ import (
 	"golang.org/x/sys/unix"
 )
 
+// aligned reports whether a buffer starts at a multiple of n.
+func aligned(b []byte, n uintptr) bool { return uintptr(unsafe.Pointer(unsafe.SliceData(b)))%n == 0 }
+
 // writeVec is pwritev(2) that goes on after a short write and allocates nothing:
 // unix.Pwritev builds its vector on the heap once it has more than eight parts.
 // The buffers may be shared memory; the kernel copies out of them, so a page

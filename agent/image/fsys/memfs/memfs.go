@@ -323,6 +323,7 @@ func (f *file) ReadAt(p []byte, off int64) (int, error) {
 }
 
 func (f *file) StartWriteback(int64, int64) {}
+func (f *file) Direct()                     {}
 func (f *file) Size() int64                 { return f.size }
 func (f *file) Sync() error                 { return nil }
 func (f *file) Close() error                { return nil }
