@@ -152,8 +152,11 @@ func (s *session) captureError(op string, err error) error {
 		return problem.New(problem.Refused, op, s.object, "%w", err).
 			WithHint("ckagent doctor shows what is missing; modes stop and buffer work without it")
 	case faultserver.Unproven:
-		return problem.New(problem.Busy, op, s.object, "%w", err).
-			WithHint("the guest's balloon or free page reporting discards memory; it is taken again another way")
+		why := "the guest's balloon or free page reporting discards memory"
+		if s.engine == EngineBPF {
+			why = "memory is discarded or swapped, or somebody writes to it unseen"
+		}
+		return problem.New(problem.Busy, op, s.object, "%w", err).WithHint("%s; it is taken again another way", why)
 	case faultserver.Stalled:
 		return problem.New(problem.Store, op, s.object, "%w", err).
 			WithHint("the store is too slow for what the guest writes, or hangs; allow more memory or a longer stall")

@@ -10,7 +10,8 @@
 //   - stop: RAM is written to the store. The pause is as long as that takes.
 //   - buffer: RAM is copied to memory, and written after the pause.
 //   - cow: RAM is write-protected, and copied after the pause; a page that the
-//     guest wants to write first is copied at that moment (package faultserver).
+//     guest wants to write first is copied at that moment, by a process of ours
+//     (engine uffd) or in the kernel (engine bpf; both in package faultserver).
 //
 // # Order of a copy-on-write checkpoint
 //

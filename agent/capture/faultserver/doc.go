@@ -46,6 +46,11 @@
 // moments around the freeze and the release. No system call arms or lets go of more
 // than some MiB, because a vCPU may have to wait for its end.
 //
+// With the kernel's engine there is one reader of its ring, in real time, because what
+// does not fit there is lost, and the scanners; neither holds up anybody. Pages are
+// claimed after they were proved, by whoever comes first. The reader alone ends a stop
+// of the guest by the programs' signal, except when everything ends.
+//
 // The process runs without garbage collection and with its memory locked: it
 // allocates only while it is set up.
 //
