@@ -136,41 +136,63 @@ static __always_inline struct file *file_of(struct task_struct *task, __u64 fd)
 	return file;
 }
 
-#define MAX_IOCBS 128
-#define MAX_IOVECS 64
+#define MAX_IOCBS 1024
+#define MAX_IOVECS 1024 /* as many as the kernel takes */
 
-static __always_inline void one_iocb(struct task_struct *task, __u32 tgid, struct process *p, __u64 where)
+/* Loops are calls of bpf_loop, whose body the verifier looks at once: unrolled, the two
+ * inside of each other cost it a second of processor time at every start, and longer
+ * than a watchdog waits in a slow guest. */
+struct vector {
+	__u64 at;
+	__u64 bytes;
+	__u32 failed;
+};
+
+static long add_iovec(__u64 i, struct vector *s)
 {
+	struct iovec v;
+	if (bpf_probe_read_user(&v, sizeof v, (void *)(s->at + i * sizeof v))) {
+		s->failed = 1;
+		return 1;
+	}
+	s->bytes += v.len;
+	return 0;
+}
+
+struct submission {
+	__u64 list;
+	__u64 missed;
+	__u32 tgid;
+};
+
+static long one_iocb(__u64 i, struct submission *s)
+{
+	__u64 where = 0;
 	struct iocb cb;
+	if (bpf_probe_read_user(&where, sizeof where, (void *)(s->list + i * 8))) {
+		s->missed++;
+		return 1;
+	}
 	if (bpf_probe_read_user(&cb, sizeof cb, (void *)where)) {
-		__sync_fetch_and_add(&p->missed, 1);
-		return;
+		s->missed++;
+		return 0;
 	}
-	struct file *file = file_of(task, cb.fd);
-	if (!file)
-		return;
-	if (cb.opcode == IOCB_CMD_FSYNC || cb.opcode == IOCB_CMD_FDSYNC) {
-		count(tgid, file, 0, 1, 1);
-		return;
-	}
+	int sync = cb.opcode == IOCB_CMD_FSYNC || cb.opcode == IOCB_CMD_FDSYNC;
+	struct vector v = {.at = cb.buf};
 	if (cb.opcode == IOCB_CMD_PWRITE) {
-		count(tgid, file, cb.nbytes, 0, 1);
-		return;
+		v.bytes = cb.nbytes;
+	} else if (cb.opcode == IOCB_CMD_PWRITEV) {
+		__u32 n = cb.nbytes < MAX_IOVECS ? cb.nbytes : MAX_IOVECS;
+		bpf_loop(n, add_iovec, &v, 0);
+		if (v.failed || cb.nbytes > MAX_IOVECS)
+			s->missed++;
+	} else if (!sync) {
+		return 0;
 	}
-	if (cb.opcode != IOCB_CMD_PWRITEV)
-		return;
-	__u64 bytes = 0;
-	for (__u32 i = 0; i < MAX_IOVECS && i < cb.nbytes; i++) {
-		struct iovec v;
-		if (bpf_probe_read_user(&v, sizeof v, (void *)(cb.buf + i * sizeof v))) {
-			__sync_fetch_and_add(&p->missed, 1);
-			break;
-		}
-		bytes += v.len;
-	}
-	if (cb.nbytes > MAX_IOVECS)
-		__sync_fetch_and_add(&p->missed, 1);
-	count(tgid, file, bytes, 0, 1);
+	struct file *file = file_of(bpf_get_current_task_btf(), cb.fd);
+	if (file)
+		count(s->tgid, file, v.bytes, sync, 1);
+	return 0;
 }
 
 SEC("tp_btf/sys_exit")
@@ -200,18 +222,13 @@ int on_exit(__u64 *args)
 		return 0;
 	}
 	case SYS_io_submit: {
-		__u64 list = 0;
-		bpf_probe_read_kernel(&list, sizeof list, &regs->dx);
-		if (ret > MAX_IOCBS)
-			__sync_fetch_and_add(&p->missed, ret - MAX_IOCBS);
-		for (__u32 i = 0; i < MAX_IOCBS && i < ret; i++) {
-			__u64 where = 0;
-			if (bpf_probe_read_user(&where, sizeof where, (void *)(list + i * 8))) {
-				__sync_fetch_and_add(&p->missed, 1);
-				break;
-			}
-			one_iocb(task, tgid, p, where);
-		}
+		struct submission s = {.tgid = tgid};
+		bpf_probe_read_kernel(&s.list, sizeof s.list, &regs->dx);
+		__u32 n = ret < MAX_IOCBS ? ret : MAX_IOCBS;
+		s.missed = ret - n;
+		bpf_loop(n, one_iocb, &s, 0);
+		if (s.missed)
+			__sync_fetch_and_add(&p->missed, s.missed);
 		return 0;
 	}
 	}

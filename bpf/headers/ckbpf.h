@@ -61,5 +61,6 @@ struct bpf_timer {
 static long (*bpf_timer_init)(struct bpf_timer *timer, void *map, __u64 flags) = (void *)169;
 static long (*bpf_timer_set_callback)(struct bpf_timer *timer, void *callback) = (void *)170;
 static long (*bpf_timer_start)(struct bpf_timer *timer, __u64 nsecs, __u64 flags) = (void *)171;
+static long (*bpf_loop)(__u32 turns, void *callback, void *ctx, __u64 flags) = (void *)181;
 
 #define CLOCK_MONOTONIC 1
