@@ -14,8 +14,10 @@ const Parent = "ckagent"
 // Group is a set of directories, one in each hierarchy. The zero value is a
 // group in no hierarchy, on which everything does nothing.
 type Group struct {
-	dirs    []string
-	freezer string // the directory in the old freezer hierarchy, "" if there is none
+	dirs []string
+	// free are the directories, one in each hierarchy that can freeze a process or
+	// leave it without processor, where nothing does: see Free.
+	free []string
 }
 
 func (g Group) String() string { return strings.Join(g.dirs, " ") }
@@ -28,6 +30,7 @@ type Hierarchy struct {
 	Mount   string
 	Freezer bool // the old freezer
 	CPU     bool // the old cpu controller
+	Unified bool // all controllers that the old ones have left over
 }
 
 // Hierarchies lists the mounts concerned.
@@ -52,12 +55,12 @@ func parseMount(line string) (Hierarchy, bool) {
 	}
 	switch w[2] {
 	case "cgroup2":
-		return Hierarchy{Mount: w[1]}, true
+		return Hierarchy{Mount: w[1], Unified: true}, true
 	case "cgroup":
 		for opt := range strings.SplitSeq(w[3], ",") {
 			switch opt {
 			case "freezer", "cpu", "name=systemd":
-				return Hierarchy{w[1], opt == "freezer", opt == "cpu"}, true
+				return Hierarchy{Mount: w[1], Freezer: opt == "freezer", CPU: opt == "cpu"}, true
 			}
 		}
 	}
@@ -74,6 +77,7 @@ func Move(pid int, name string) (g Group) {
 			// The root group has no quota, and unlike a new group a share of
 			// real-time, which threads that serve faults ask for.
 			put(pid, h.Mount)
+			g.free = append(g.free, h.Mount)
 			continue
 		}
 		dir := filepath.Join(h.Mount, Parent, name)
@@ -82,8 +86,8 @@ func Move(pid int, name string) (g Group) {
 			continue
 		}
 		g.dirs = append(g.dirs, dir)
-		if h.Freezer {
-			g.freezer = dir
+		if h.Freezer || h.Unified {
+			g.free = append(g.free, dir)
 		}
 	}
 	return g
@@ -103,20 +107,20 @@ func put(pid int, dir string) bool {
 	return os.WriteFile(filepath.Join(dir, "cgroup.procs"), []byte(strconv.Itoa(pid)), 0) == nil
 }
 
-// Thaw moves a process that an old freezer holds into this group, which nobody
-// freezes. In the unified hierarchy a frozen process can be killed as it is.
-func (g Group) Thaw(pid int) {
-	if g.freezer != "" {
-		put(pid, g.freezer)
+// Free moves a process that was killed out of what keeps it from dying: an old
+// freezer, or a limit that leaves it no processor to end on. A process with one percent
+// of a processor takes seconds to give back its memory.
+func (g Group) Free(pid int) {
+	for _, dir := range g.free {
+		put(pid, dir)
 	}
 }
 
-// Thawed is a group that cannot be frozen, the root of the old freezer hierarchy:
-// for Thaw only.
-func Thawed() (g Group) {
+// Roots is the group without freezer and limits, for Free only.
+func Roots() (g Group) {
 	for _, h := range Hierarchies() {
-		if h.Freezer {
-			g.freezer = h.Mount
+		if h.Freezer || h.CPU || h.Unified {
+			g.free = append(g.free, h.Mount)
 		}
 	}
 	return g

@@ -4,15 +4,16 @@ import (
 	"fmt"
 	"os"
 	"os/exec"
+	"path/filepath"
 	"strings"
 	"testing"
 )
 
 func TestParseMount(t *testing.T) {
 	for line, want := range map[string]Hierarchy{
-		"cgroup2 /sys/fs/cgroup/unified cgroup2 rw 0 0":              {"/sys/fs/cgroup/unified", false, false},
-		"cgroup /sys/fs/cgroup/freezer cgroup rw,relatime,freezer 0": {"/sys/fs/cgroup/freezer", true, false},
-		"cgroup /c cgroup rw,cpu,cpuacct 0 0":                        {"/c", false, true},
+		"cgroup2 /sys/fs/cgroup/unified cgroup2 rw 0 0":              {Mount: "/sys/fs/cgroup/unified", Unified: true},
+		"cgroup /sys/fs/cgroup/freezer cgroup rw,relatime,freezer 0": {Mount: "/sys/fs/cgroup/freezer", Freezer: true},
+		"cgroup /c cgroup rw,cpu,cpuacct 0 0":                        {Mount: "/c", CPU: true},
 	} {
 		if got, ok := parseMount(line); !ok || got != want {
 			t.Errorf("%q: %+v, %v", line, got, ok)
@@ -56,6 +57,36 @@ func TestMoveAndRemove(t *testing.T) {
 	for _, dir := range g.dirs {
 		if _, err := os.Stat(dir); err == nil {
 			t.Errorf("%s is left", dir)
+		}
+	}
+}
+
+// What freezes or starves a process that was killed is left behind; other groups stay.
+func TestFree(t *testing.T) {
+	c := exec.Command("sleep", "60")
+	if err := c.Start(); err != nil {
+		t.Fatal(err)
+	}
+	defer func() { _ = c.Process.Kill(); _ = c.Wait(); Sweep() }()
+	pid := c.Process.Pid
+	var in []string
+	for _, h := range Hierarchies() {
+		dir := filepath.Join(h.Mount, Parent, fmt.Sprintf("test-free-%d", pid))
+		if (h.CPU || h.Freezer || h.Unified) && makeAndPut(pid, dir) {
+			in = append(in, dir)
+		}
+	}
+	if len(in) == 0 && len(Hierarchies()) > 0 && os.Getuid() == 0 {
+		t.Fatal("root could not move a process into any hierarchy")
+	}
+	Roots().Free(pid)
+	for _, dir := range in {
+		b, err := os.ReadFile(filepath.Join(dir, "cgroup.procs"))
+		if err != nil {
+			t.Error(err)
+		}
+		if strings.Contains(string(b), fmt.Sprint(pid)) {
+			t.Errorf("it is still in %s", dir)
 		}
 	}
 }

@@ -29,7 +29,7 @@
 // [Start] returns when the child says that it watches. While Engaged it takes over
 // when the agent dies or leaves no beat for 500 ms; while not Engaged an agent that
 // dies ends the guardian too, and a missing beat means nothing. Taking over:
-// SIGKILL for the agent (moved out of a frozen v1 cgroup if it does not die), the
+// SIGKILL for the agent (moved out of a frozen or starved cgroup if it does not die), the
 // same for a fault server that does not leave by itself, SIGCONT if the agent had
 // stopped QEMU by signal, QMP brought back in step, `cont` if the agent had
 // stopped a running VM and it is still paused, descriptors that an interrupted

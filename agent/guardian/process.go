@@ -72,10 +72,11 @@ func waitExit(pidfd int, d time.Duration) bool {
 	}
 }
 
-// end kills a process and sees that it goes: SIGKILL, and out of a frozen cgroup
-// if that has no effect (a task frozen by the v1 freezer dies when it is thawed;
-// moved to a cgroup that is not frozen it is, alone). Without v1 freezer, or if it
-// hangs in the kernel, it is left to die when it can.
+// end kills a process and sees that it goes: SIGKILL, and out of a frozen or starved
+// cgroup if that has no effect (a task frozen by the v1 freezer dies when it is thawed,
+// which it is, alone, in a cgroup that is not frozen; one without a share of the
+// processor dies as slowly as it lived). If it hangs in the kernel, it is left to die
+// when it can.
 func end(pidfd, pid int, home cgroup.Group, patience time.Duration) (gone bool) {
 	if err := unix.PidfdSendSignal(pidfd, unix.SIGKILL, nil, 0); err != nil {
 		return errors.Is(err, unix.ESRCH)
@@ -83,7 +84,7 @@ func end(pidfd, pid int, home cgroup.Group, patience time.Duration) (gone bool) 
 	if waitExit(pidfd, min(patience, 30*time.Millisecond)) {
 		return true
 	}
-	home.Thaw(pid)
+	home.Free(pid)
 	return waitExit(pidfd, patience)
 }
 

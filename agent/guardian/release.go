@@ -108,7 +108,7 @@ func endProcesses(s state, control *Control, r *Report) error {
 				WithHint("cancel that checkpoint, or end that process; its guardian will then put the VM right")
 		}
 	}
-	home := cgroup.Thawed()
+	home := cgroup.Roots()
 	r.GuardEnded = endIdentity(s.Guardian, home)
 	if control != nil && control.Engaged.Load() != 0 && s.Agent.PID != os.Getpid() {
 		r.AgentEnded = endIdentity(s.Agent, home)

@@ -316,7 +316,7 @@ func (p *Process) stepIn() {
 	for _, o := range []occupant{old, p.ctl.worker.occupant()} {
 		if present(o) {
 			kill(o)
-			cgroup.Thawed().Thaw(o.PID)
+			cgroup.Roots().Free(o.PID)
 		}
 	}
 	c, err := spawn(supervisorRole, old, p.self, p.runDir, p.ctl, nil, "")
