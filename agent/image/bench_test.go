@@ -88,8 +88,8 @@ func BenchmarkWriterAgainstWrite(b *testing.B) {
 	guestLike(mem)
 	for _, call := range []int{256 << 10, 1 << 20} {
 		for _, workers := range []int{1, 2} {
-			for _, o := range []WriterOptions{{}, {WritebackBytes: -1}} {
-				name := fmt.Sprintf("call=%dK/workers=%d/writeback=%v", call>>10, workers, o.WritebackBytes == 0)
+			for _, o := range []WriterOptions{{}, {WritebackBytes: -1}, {Direct: true}, {Key: testKey(b, "x")}} {
+				name := fmt.Sprintf("call=%dK/workers=%d/writeback=%v/direct=%v/tags=%v", call>>10, workers, o.WritebackBytes == 0, o.Direct, o.Key != nil)
 				b.Run(name, func(b *testing.B) {
 					var plain, ours benchResult
 					dir := benchDir(b)

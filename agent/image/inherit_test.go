@@ -10,6 +10,8 @@ import (
 	"strings"
 	"testing"
 
+	"golang.org/x/sys/unix"
+
 	"github.com/ckagent/ckagent/agent/image/fsys"
 	"github.com/ckagent/ckagent/agent/image/fsys/memfs"
 	"github.com/ckagent/ckagent/agent/problem"
@@ -369,6 +371,69 @@ func TestMerge(t *testing.T) {
 			l.check(l.n, l.ram)
 		})
 	}
+}
+
+// TestDirect writes past the page cache, from buffers that lie on pages and from others.
+func TestDirect(t *testing.T) {
+	dir := t.TempDir()
+	page := 0
+	mem, err := unix.Mmap(-1, 0, 3<<20+4096, unix.PROT_READ|unix.PROT_WRITE, unix.MAP_PRIVATE|unix.MAP_ANON)
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer func() {
+		if err := unix.Munmap(mem); err != nil {
+			t.Error(err)
+		}
+	}()
+	rand.New(rand.NewSource(1)).Read(mem)
+	clear(mem[40*4096 : 43*4096])
+	blocks := []Block{{Name: "r", UsedBytes: 6 << 20, TotalBytes: 6 << 20, PageBytes: 4096}}
+	w, err := NewWriter(dir, blocks, WriterOptions{Direct: true, Lanes: 1})
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer w.Abort()
+	var want []byte
+	for _, part := range [][]byte{mem[:3<<20], mem[8 : 8+3<<20]} {
+		if err := w.WritePages(0, uint64(page), part); err != nil {
+			t.Fatal(err)
+		}
+		page += len(part) / 4096
+		want = append(want, part...)
+	}
+	if err := w.WriteDeviceState(strings.NewReader("x")); err != nil {
+		t.Fatal(err)
+	}
+	s, err := w.Finish(context.Background())
+	if err != nil {
+		t.Fatal(err)
+	}
+	data, err := EncodeManifest(testManifestOf(s))
+	if err != nil {
+		t.Fatal(err)
+	}
+	if err := fsys.WriteFile(fsys.OS{}, filepath.Join(dir, ManifestName), data); err != nil {
+		t.Fatal(err)
+	}
+	r, err := OpenReader(dir)
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer r.Close()
+	got := make([]byte, len(want))
+	if _, err := r.ReadRun(0, 0, got); err != nil || !bytes.Equal(got, want) {
+		t.Fatalf("differs, or %v", err)
+	}
+	if err := r.Verify(context.Background(), nil); err != nil {
+		t.Fatal(err)
+	}
+}
+
+func testManifestOf(s Summary) *Manifest {
+	m := testManifest(s)
+	m.Hot = nil
+	return m
 }
 
 func TestInheritFromDamaged(t *testing.T) {

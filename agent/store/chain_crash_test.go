@@ -31,7 +31,7 @@ func recordChain(t *testing.T) *history {
 	return h
 }
 
-func TestPowerLossOfChains(t *testing.T) { testPowerLoss(t, recordChain(t)) }
+func TestPowerLossOfChains(t *testing.T) { testPowerLoss(t, recordChain(t), 4) }
 
 func TestPowerLossOfChainsFindsMistakes(t *testing.T) {
 	h := recordChain(t)

@@ -253,10 +253,12 @@ func (h *history) replay(ops []crashfs.Op, variants, enough int) (states int, fa
 	return states, failures
 }
 
-func TestPowerLoss(t *testing.T) { testPowerLoss(t, record(t)) }
+func TestPowerLoss(t *testing.T) { testPowerLoss(t, record(t), 8) }
 
-func testPowerLoss(t *testing.T, h *history) {
-	variants := 8
+// testPowerLoss looks at the states after a loss at every point: all lost, nothing lost,
+// and so many random variants.
+func testPowerLoss(t *testing.T, h *history, variants int) {
+	t.Helper()
 	if testing.Short() {
 		variants = 2
 	}

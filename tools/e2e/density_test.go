@@ -19,10 +19,10 @@ func TestDensity(t *testing.T) {
 	if testing.Short() {
 		vmtest.Skip(t, "short", "takes checkpoints of several guests")
 	}
-	cfg, n := vmtest.Config{Guest: vmtest.Mini, MemoryMiB: 64, WSMiB: 8, Rate: 100}, 2
+	cfg, n := vmtest.Config{Guest: vmtest.Mini, MemoryMiB: 64, WSMiB: 8, Rate: 100, Control: true}, 2
 	campaign := os.Getenv("CKAGENT_E2E_DENSITY") != ""
 	if campaign {
-		cfg, n = vmtest.Config{MemoryMiB: 512, WSMiB: 64, Rate: 100}, 4
+		cfg, n = vmtest.Config{MemoryMiB: 512, WSMiB: 64, Rate: 100, Control: true}, 4
 	}
 	x := newTool(t)
 	root := x.store
@@ -31,7 +31,7 @@ func TestDensity(t *testing.T) {
 		v := vmtest.Start(t, cfg)
 		v.WaitProgress(t, 50)
 		vms = append(vms, v)
-		if err := monitor(t, v.QMPPath()).Execute(t.Context(), "stop", nil, nil); err != nil {
+		if err := monitor(t, v.ControlPath()).Execute(t.Context(), "stop", nil, nil); err != nil {
 			t.Fatal(err) // so that every way meets the same content
 		}
 	}

@@ -115,6 +115,7 @@ func TestIncremental(t *testing.T) {
 				t.Fatal(err)
 			}
 			defer a.Close()
+			control := monitor(t, v.ControlPath())
 			var full *image.Manifest
 			var stored, total, pause []float64
 			for i := range rounds + 1 {
@@ -126,7 +127,6 @@ func TestIncremental(t *testing.T) {
 				}
 				// The memory of the instant: the test stops the machine before, so that it
 				// is the same for both.
-				control := monitor(t, v.ControlPath())
 				if err := control.Execute(t.Context(), "stop", nil, nil); err != nil {
 					t.Fatal(err)
 				}
