@@ -24,9 +24,6 @@ func recorded(m *image.Manifest) plan.Recorded {
 	for _, v := range m.Machine.Env {
 		r.Env = append(r.Env, v.Name+"="+v.Value)
 	}
-	for _, b := range m.Blocks {
-		r.Blocks = append(r.Blocks, plan.Block{Name: b.Name, Main: b.Main, BackingPageBytes: max(b.BackingPageBytes, b.PageBytes)})
-	}
 	return r
 }
 

@@ -38,7 +38,9 @@ func chooseEngine(ctx context.Context, t *vm.Target, asked Engine, proven func(c
 		return EngineUffd, "engine bpf is experimental under KVM and is taken only if it is asked for", nil
 	}
 	lacks := errors.New("engine bpf was not tested on this host")
-	if proven != nil {
+	if i := slices.IndexFunc(t.Blocks, func(b vm.RAMBlock) bool { return b.PageBytes != source.PageBytes }); i >= 0 {
+		lacks = fmt.Errorf("engine bpf copies pages of 4 KiB, and RAMBlock %s lies in huge ones of hugetlbfs", t.Blocks[i].Name)
+	} else if proven != nil {
 		lacks = nil
 		for _, kind := range kindsOf(t.Blocks) {
 			if lacks = proven(ctx, t.Accel, kind); lacks != nil {
@@ -74,9 +76,9 @@ func kindsOf(blocks []vm.RAMBlock) []source.Kind {
 // keeps auto from mode cow.
 func chooseMode(blocks []vm.RAMBlock, asked Mode, lacks error) (mode Mode, why string, err error) {
 	for i := range blocks {
-		if b := &blocks[i]; b.PageBytes != source.PageBytes {
+		if b := &blocks[i]; b.PageBytes != source.PageBytes && b.PageBytes != source.WholePages*source.PageBytes {
 			return "", "", problem.New(problem.Refused, "checkpoint", "RAMBlock "+b.Name, "its pages are %d bytes", b.PageBytes).
-				WithHint("huge page RAM is not supported in this version; use 4 KiB pages, transparent huge pages included")
+				WithHint("use pages of 2 MiB or 4 KiB, transparent huge pages included")
 		}
 	}
 	if asked != Auto && asked != COW {

@@ -13,6 +13,7 @@ func TestChooseMode(t *testing.T) {
 	anon := vm.RAMBlock{Name: "pc.ram", PageBytes: 4096, Backing: vm.Anonymous}
 	disk := vm.RAMBlock{Name: "ram0", PageBytes: 4096, Backing: vm.PrivateFile, FileType: "ext4"}
 	huge := vm.RAMBlock{Name: "huge", PageBytes: 2 << 20, Backing: vm.Hugetlb}
+	gigantic := vm.RAMBlock{Name: "gigantic", PageBytes: 1 << 30, Backing: vm.Hugetlb}
 	old := errors.New("this kernel lacks it")
 	for _, c := range []struct {
 		name   string
@@ -31,8 +32,9 @@ func TestChooseMode(t *testing.T) {
 		{"auto, disk file", []vm.RAMBlock{anon, disk}, Auto, nil, Stop, "RAMBlock ram0 cannot be write-protected: its file is on ext4"},
 		{"cow, disk file", []vm.RAMBlock{anon, disk}, COW, nil, "", "RAMBlock ram0: cannot be write-protected: its file is on ext4"},
 		{"auto, both", []vm.RAMBlock{disk}, Auto, old, Stop, "this kernel lacks it"},
-		{"stop, huge pages", []vm.RAMBlock{huge}, Stop, nil, "", "its pages are 2097152 bytes"},
-		{"auto, huge pages, old kernel", []vm.RAMBlock{huge}, Auto, old, "", "its pages are 2097152 bytes"},
+		{"auto, huge pages", []vm.RAMBlock{huge}, Auto, nil, COW, ""},
+		{"auto, huge pages, old kernel", []vm.RAMBlock{huge}, Auto, old, Stop, "this kernel lacks it"},
+		{"stop, gigantic pages", []vm.RAMBlock{gigantic}, Stop, nil, "", "its pages are 1073741824 bytes"},
 	} {
 		mode, why, err := chooseMode(c.blocks, c.asked, c.lacks)
 		if mode != c.mode || err != nil && !problem.Is(err, problem.Refused) || (err != nil) != (c.mode == "") {

@@ -5,6 +5,7 @@ import (
 	"errors"
 	"os"
 	"runtime"
+	"slices"
 	"time"
 
 	"github.com/ckagent/ckagent/agent/affinity"
@@ -31,6 +32,9 @@ func startCOW(s *session, control *os.File) (*cow, error) {
 	}
 	scans := max(1, min(4, runtime.NumCPU()/2))
 	pages := int(s.o.ArenaBytes / source.PageBytes)
+	if slices.ContainsFunc(s.blocks, func(b source.Block) bool { return b.Whole }) {
+		scans = max(1, min(scans, pages/3/(2*source.WholePages))) // half of a ring must hold one
+	}
 	scanPages := min(scanRingBytes/source.PageBytes, pages/3/scans)
 	srv, err := faultserver.New(faultserver.Start{
 		Self: s.o.Helper[0], Args: append(s.o.Helper[1:len(s.o.Helper):len(s.o.Helper)], FaultServerVerb),

@@ -35,7 +35,7 @@ func imageBlocks(blocks []vm.RAMBlock) []image.Block {
 
 // sourceBlock says where a RAMBlock lies and how to tell its zero pages.
 func sourceBlock(b *vm.RAMBlock) source.Block {
-	s := source.Block{HVA: b.HVA, Pages: b.UsedBytes / source.PageBytes}
+	s := source.Block{HVA: b.HVA, Pages: b.UsedBytes / source.PageBytes, Whole: b.PageBytes != source.PageBytes}
 	switch {
 	case b.Shared:
 		s.Kind = source.Shared

@@ -226,6 +226,12 @@ func (s *session) take(ctx context.Context) (err error) {
 func (s *session) neededBytes() (uint64, error) {
 	var need uint64 = 16 << 20
 	for i := range s.src.Blocks() {
+		if b := s.src.Block(i); b.Whole { // what is not mapped of it is zeros, as a rule
+			if err := s.src.Held(i, 0, b.Pages, func(_, n uint64) { need += n * (16 + source.PageBytes) }); err != nil {
+				return 0, problem.New(problem.Failed, "read RAM", s.object, "%w", err)
+			}
+			continue
+		}
 		err := s.src.Each(i, func(r source.Run) {
 			need += r.Pages * 16
 			if !r.Zero {

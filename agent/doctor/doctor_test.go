@@ -111,7 +111,6 @@ func TestGaps(t *testing.T) {
 		{"no cgroups", func(f *Facts) { f.Cgroup = CgroupFacts{} }, "host", "control groups", Missing, OK, "none mounted", "uffd", "uffd"},
 		{"cgroup read-only", func(f *Facts) { f.Cgroup.V2Write = unix.EROFS }, "host", "control groups", Limited, OK, "Delegate", "uffd", "uffd"},
 		{"no freezer", func(f *Facts) { f.Cgroup.V2Freeze = false }, "host", "freezer", Missing, OK, "5.2", "uffd", "uffd"},
-		{"hugetlb pool", func(f *Facts) { f.HugePages.HugetlbTotal = 512 }, "host", "huge pages", Limited, OK, "refused", "uffd", "uffd"},
 		{"merging", func(f *Facts) { f.KSM = 1 }, "host", "same-page merging", Limited, OK, "mem-merge=off", "uffd", "uffd"},
 		{"not root", func(f *Facts) { f.Rights = RightsFacts{EUID: 1000, MemlockBytes: 64 << 10, PtraceScope: 0} }, "rights", "user", Limited, Limited, "root", "uffd", "uffd"},
 		{"no net admin", dropCap(unix.CAP_NET_ADMIN), "rights", "capabilities", Limited, Limited, "CAP_NET_ADMIN", "uffd", "uffd"},

@@ -245,11 +245,6 @@ func judgeHost(f *Facts) []Check {
 
 	h := &f.HugePages
 	c = Check{Name: "huge pages", Status: OK, Detail: fmt.Sprintf("transparent: %s; hugetlb pool: %d pages of 2 MiB, %d free", orNone(h.Transparent), h.HugetlbTotal, h.Free)}
-	if h.HugetlbTotal > 0 {
-		c.Status = Limited
-		c.Costs = "VMs whose RAM lies on hugetlbfs are refused"
-		c.Mend = "back the VM's RAM by memfd or anonymous memory with transparent huge pages"
-	}
 	add(c)
 
 	c = Check{Name: "same-page merging", Status: OK, Detail: "off"}
@@ -495,7 +490,7 @@ func judgeEngines(f *Facts, r *Report) []Engine {
 		inKernel("shared", pick("memfd or tmpfs, shared", "write protection, shared")),
 		pick("tmpfs, private", "write protection, shared"),
 		{RAM: "file on a disk", Engine: "none", Modes: stopped, Reason: "the kernel write-protects no file mappings of disk filesystems"},
-		{RAM: "hugetlbfs", Engine: "none", Reason: "not proven"},
+		pick("hugetlbfs, pages of 2 MiB", "write protection, shared"),
 	}
 }
 

@@ -281,18 +281,21 @@ func (t *Target) refuseLayout(ctx context.Context) ([]Refusal, error) {
 
 func (b *RAMBlock) mapBytes() uint64 { return (b.TotalBytes + b.PageBytes - 1) &^ (b.PageBytes - 1) }
 
+// hugePage is the size of the pages of hugetlbfs that a checkpoint can hold, in bytes.
+const hugePage = 2 << 20
+
 // refuseBlock judges one block by its mappings as they are now.
 func refuseBlock(b *RAMBlock, vmas []VMA) []Refusal {
 	var out []Refusal
 	if vmas == nil {
 		return []Refusal{{Code: "layout", Object: b.Name, Reason: "its mapping has changed since it was found", Advice: "try again"}}
 	}
-	switch b.Backing {
-	case Hugetlb:
+	switch {
+	case b.Backing == Hugetlb && b.PageBytes != hugePage:
 		out = append(out, Refusal{Code: "hugetlbfs", Object: b.Name,
-			Reason: fmt.Sprintf("it lies in huge pages of %d KiB from hugetlbfs, where a page that is given back and used again leaves no trace, so that no copy could be proved", b.PageBytes>>10),
-			Advice: "use transparent huge pages (no mem-path, no hugetlb=on)"})
-	case Device:
+			Reason: fmt.Sprintf("it lies in huge pages of %d MiB from hugetlbfs, and a guest that writes to one would wait until all of it is copied", b.PageBytes>>20),
+			Advice: "use huge pages of 2 MiB (pagesize=2M, hugetlbsize=2M), or transparent ones"})
+	case b.Backing == Device:
 		out = append(out, Refusal{Code: "device-memory", Object: b.Name, Reason: "it is a mapping of the device " + b.FilePath,
 			Advice: "use ordinary memory"})
 	}

@@ -91,7 +91,11 @@ func TestRegisteredUserfaultfdIsRefused(t *testing.T) {
 	if got := codes(refuseBlock(&block, nil)); !slices.Equal(got, []string{"layout"}) {
 		t.Errorf("vanished: %q", got)
 	}
-	block.Backing = Hugetlb
+	block.Backing, block.PageBytes = Hugetlb, 2<<20
+	if got := codes(refuseBlock(&block, []VMA{{Start: 0x1000, End: 0x3000, Perms: "rw-p"}})); len(got) != 0 {
+		t.Errorf("hugetlbfs: %q", got)
+	}
+	block.PageBytes = 1 << 30
 	if got := codes(refuseBlock(&block, []VMA{{Start: 0x1000, End: 0x3000, Perms: "rw-p"}})); !slices.Equal(got, []string{"hugetlbfs"}) {
 		t.Errorf("hugetlbfs: %q", got)
 	}

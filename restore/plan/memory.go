@@ -13,12 +13,6 @@ var fileOnlyProps = []string{"mem-path", "align", "pmem", "readonly", "rom", "di
 // before the arm never faults, and the guest would read it instead of the
 // checkpoint's. Files still hold what the guest wrote after the checkpoint.
 func (b *builder) memory() error {
-	for _, blk := range b.rec.Blocks {
-		if blk.Main && blk.BackingPageBytes > 4096 {
-			return b.refuse("RAMBlock "+blk.Name, "it is backed by huge pages of %d bytes, which cannot be paged in lazily", blk.BackingPageBytes).
-				WithHint("restoring hugetlb memory is not supported; run the VM on ordinary memory (transparent huge pages are fine)")
-		}
-	}
 	b.drop(func(e *entry) bool {
 		switch e.Name {
 		case "mem-prealloc":
@@ -63,8 +57,10 @@ func (b *builder) backend(e *entry) error {
 	case "ram", "shm":
 	case "memfd":
 		if e.isOn("hugetlb") {
-			return b.refuse(object, "hugetlb memory cannot be paged in lazily").
-				WithHint("run the VM on ordinary memory")
+			for _, key := range []string{"hugetlb", "hugetlbsize"} {
+				e.kv.Delete(key)
+			}
+			b.change(object+": hugetlb removed", "memory is paged in by pages of 4 KiB; the kernel may make transparent huge pages of them")
 		}
 	case "file":
 		if dev := b.persistent(id); dev != "" || e.isOn("pmem") {

@@ -17,19 +17,11 @@ type Recorded struct {
 	Cwd      string
 	Machine  string // versioned machine type
 	Accel    string
-	Blocks   []Block
 	Paused   bool // the guest was not running when the checkpoint was taken
 	Libvirt  bool // it was a domain of libvirt's
 	// Disks are the writable drives that get the content of the checkpoint. Other
 	// drives use the images that the command line names.
 	Disks []Disk
-}
-
-// Block is a RAMBlock of guest RAM proper, for the check of its backing.
-type Block struct {
-	Name             string
-	Main             bool
-	BackingPageBytes uint64
 }
 
 // Options is what the operator asked for.

@@ -193,7 +193,6 @@ func TestRefuse(t *testing.T) {
 		code     problem.Code
 		hint     string
 	}{
-		{"hugetlb", "-object memory-backend-memfd,id=r,size=1G,hugetlb=on", Options{}, problem.Refused, "ordinary memory"},
 		{"nvdimm", "-object memory-backend-file,id=r,mem-path=/a,size=1G,share=on -device nvdimm,memdev=r", Options{}, problem.Refused, "power-off"},
 		{"unknown backend", "-object memory-backend-epc,id=r,size=1G", Options{}, problem.Refused, "memory-backend-ram"},
 		{"network descriptor", "-netdev tap,id=n,fd=33", Options{}, problem.Refused, "--map netdev:n="},

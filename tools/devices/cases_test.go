@@ -94,10 +94,14 @@ func devices() []device {
 			return []string{"-object", "memory-backend-file,id=shm,share=on,size=1M,mem-path=" + h.shm(t), "-device", "ivshmem-plain,memdev=shm,master=on"}, ""
 		}},
 		{name: "huge pages of 2 MiB", shown: "memory-backend-memfd,hugetlb=on", with: func(t *testing.T, h *host) ([]string, string) {
-			return []string{"-object", "memory-backend-memfd,id=ram0,size=64M,hugetlb=on,hugetlbsize=2M", "-machine", "memory-backend=ram0"}, h.hugePages(t, 2048, 40)
+			return []string{"-object", "memory-backend-memfd,id=ram0,size=64M,hugetlb=on,hugetlbsize=2M", "-machine", "memory-backend=ram0"}, vmtest.HugePages(t, 2048, 40)
+		}},
+		{name: "huge pages of 2 MiB, a private file", shown: "memory-backend-file,mem-path=/dev/hugepages", with: func(t *testing.T, h *host) ([]string, string) {
+			dir, missing := h.hugetlbfs(t)
+			return []string{"-object", "memory-backend-file,id=ram0,size=64M,mem-path=" + dir, "-machine", "memory-backend=ram0"}, missing
 		}},
 		{name: "huge pages of 1 GiB", shown: "memory-backend-memfd,hugetlbsize=1G", cfg: vmtest.Config{MemoryMiB: 1024}, with: func(t *testing.T, h *host) ([]string, string) {
-			return []string{"-object", "memory-backend-memfd,id=ram0,size=1G,hugetlb=on,hugetlbsize=1G", "-machine", "memory-backend=ram0"}, h.hugePages(t, 1<<20, 1)
+			return []string{"-object", "memory-backend-memfd,id=ram0,size=1G,hugetlb=on,hugetlbsize=1G", "-machine", "memory-backend=ram0"}, vmtest.HugePages(t, 1<<20, 1)
 		}},
 	}
 }

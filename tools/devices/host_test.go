@@ -10,6 +10,10 @@ import (
 	"strings"
 	"testing"
 	"time"
+
+	"golang.org/x/sys/unix"
+
+	"github.com/ckagent/ckagent/tools/vmtest"
 )
 
 // host makes what a device needs outside of QEMU. Everything goes with the test.
@@ -113,32 +117,21 @@ func (h *host) namespace(t *testing.T, tap ...string) (missing string) {
 	return ""
 }
 
-// hugePages reserves huge pages and gives them back.
-func (h *host) hugePages(t *testing.T, kib, pages int) (missing string) {
+// hugetlbfs mounts one with pages of 2 MiB.
+func (h *host) hugetlbfs(t *testing.T) (dir, missing string) {
 	t.Helper()
-	path := fmt.Sprintf("/sys/kernel/mm/hugepages/hugepages-%dkB/nr_hugepages", kib)
-	read := func() int {
-		raw, err := os.ReadFile(path)
-		if err != nil {
-			return -1
-		}
-		n, _ := strconv.Atoi(strings.TrimSpace(string(raw))) // the kernel's own number
-		return n
+	if missing = vmtest.HugePages(t, 2048, 40); missing != "" {
+		return "", missing
 	}
-	have := read()
-	if have < 0 {
-		return fmt.Sprintf("no huge pages of %d KiB", kib)
+	dir = filepath.Join(h.dir, "hugetlbfs")
+	if err := os.Mkdir(dir, 0o755); err != nil {
+		t.Fatal(err)
 	}
-	write := func(n int) error { return os.WriteFile(path, []byte(strconv.Itoa(n)), 0o644) }
-	t.Cleanup(func() {
-		if err := write(have); err != nil {
-			t.Error(err)
-		}
-	})
-	if err := write(have + pages); err != nil || read() < have+pages {
-		return fmt.Sprintf("no memory for %d huge pages of %d KiB", pages, kib)
+	if err := unix.Mount("hugetlbfs", dir, "hugetlbfs", 0, "pagesize=2M"); err != nil {
+		return "", "hugetlbfs cannot be mounted: " + err.Error()
 	}
-	return ""
+	t.Cleanup(func() { _ = unix.Unmount(dir, unix.MNT_DETACH) }) // QEMU may not have gone yet
+	return dir, ""
 }
 
 // serve runs a program until the test ends.

@@ -124,19 +124,13 @@ func TestUnprotectable(t *testing.T) {
 		name  string
 		cfg   vmtest.Config
 		words []string
-		need  func(t *testing.T)
 	}{
 		{name: "temporary disk", words: []string{"disk0", "snapshot=on"},
 			cfg: with("-drive", "if=none,id=disk0,snapshot=on,format=raw,file="+disk, "-device", "virtio-blk-pci,drive=disk0")},
-		{name: "hugetlbfs", words: []string{"huge"}, need: needHugePages,
-			cfg: with("-object", "memory-backend-memfd,id=ram0,size=64M,hugetlb=on,hugetlbsize=2M", "-machine", "memory-backend=ram0")},
 		{name: "not migratable", words: []string{"migrat"},
 			cfg: with("-device", "nvme,serial=x,drive=n0", "-drive", "if=none,id=n0,format=raw,readonly=on,file="+disk)},
 	} {
 		t.Run(c.name, func(t *testing.T) {
-			if c.need != nil {
-				c.need(t)
-			}
 			x := newTool(t)
 			v := vmtest.Start(t, c.cfg)
 			for _, mode := range []string{"auto", "stop", "buffer", "cow"} {
@@ -147,34 +141,12 @@ func TestUnprotectable(t *testing.T) {
 			}
 			var e explained
 			x.json(t, &e, "explain", itoa(v.PID()))
-			if e.Protects && c.name != "hugetlbfs" || len(e.Refusals) == 0 && c.name != "hugetlbfs" {
+			if e.Protects || len(e.Refusals) == 0 {
 				t.Errorf("explain: %+v", e)
 			}
 			wantRunning(t, v)
 			x.wantOnly(t)
 		})
-	}
-}
-
-// needHugePages reserves what the test needs and gives it back.
-func needHugePages(t *testing.T) {
-	t.Helper()
-	const path = "/proc/sys/vm/nr_hugepages"
-	old, err := os.ReadFile(path)
-	if err != nil {
-		vmtest.Skip(t, "hugetlb", "no huge pages here: %v", err)
-	}
-	have := 0
-	for _, b := range strings.TrimSpace(string(old)) {
-		have = have*10 + int(b-'0')
-	}
-	if err := os.WriteFile(path, []byte(itoa(have+40)), 0o644); err != nil {
-		vmtest.Skip(t, "hugetlb", "huge pages cannot be reserved: %v", err)
-	}
-	t.Cleanup(func() { os.WriteFile(path, old, 0o644) })
-	now, err := os.ReadFile(path)
-	if err != nil || strings.TrimSpace(string(now)) != itoa(have+40) {
-		vmtest.Skip(t, "hugetlb", "the host has no %d free huge pages (%s)", 40, strings.TrimSpace(string(now)))
 	}
 }
 

@@ -158,7 +158,7 @@ func (m *machine) doctor(kernel string) {
 		{RAM: "memfd or tmpfs, shared", Engine: "none", Modes: stopped, Reason: why},
 		{RAM: "tmpfs, private", Engine: "none", Modes: stopped, Reason: why},
 		{RAM: "file on a disk", Engine: "none", Modes: stopped, Reason: "the kernel write-protects no file mappings of disk filesystems"},
-		{RAM: "hugetlbfs", Engine: "none", Reason: "not proven"},
+		{RAM: "hugetlbfs, pages of 2 MiB", Engine: "none", Modes: stopped, Reason: why},
 	}, r.Engines); d != "" {
 		m.t.Errorf("engines (-want +got):\n%s", d)
 	}

@@ -24,6 +24,9 @@ func (s *server) collapse() {
 	defer unix.Close(pidfd)
 	deadline := time.Now().Add(s.cfg.Collapse)
 	for _, t := range s.tables {
+		if t.whole { // they are never split
+			continue
+		}
 		for g := range t.block.Pages / hugePages {
 			if !t.isHuge(g*hugePages) || s.isMappedHuge(t, g) {
 				continue

@@ -136,6 +136,10 @@ func (t *faultThread) track(tab *pageTable, page uint64) {
 // capture keeps the page's old content, with some neighbours that the guest is
 // likely to write next, and lets the write go on.
 func (t *faultThread) capture(block int, tab *pageTable, page uint64) {
+	if tab.whole {
+		t.captureWhole(block, tab, page&^(hugePages-1))
+		return
+	}
 	if tab.isHuge(page) && t.captureHuge(block, tab, page) {
 		return
 	}
@@ -184,6 +188,18 @@ func (t *faultThread) captureHuge(block int, tab *pageTable, page uint64) bool {
 	first := page &^ (hugePages - 1)
 	n := tab.claimHuge(first)
 	return n > 0 && t.captureRun(block, tab, first, n) && page < first+n
+}
+
+// captureWhole captures a page of hugetlbfs. Who claims its first word claims it all.
+func (t *faultThread) captureWhole(block int, tab *pageTable, first uint64) {
+	switch {
+	case tab.claimHuge(first) == hugePages:
+		t.captureRun(block, tab, first, hugePages)
+	case tab.isDone(first + hugePages - 1):
+		t.s.unprotect(block, tab, first, hugePages)
+	default:
+		t.e.hurry()
+	}
 }
 
 // captureRun captures claimed pages; it waits for room until the stall budget of

@@ -37,6 +37,7 @@ type pageTable struct {
 	hot       []uint64
 	huge      []uint64
 	hugeOK    bool // the block starts on a huge page boundary
+	whole     bool // it consists of huge pages that cannot be split: pages are claimed 512 at a time
 }
 
 func newPageTable(b source.Block) *pageTable {
@@ -49,6 +50,12 @@ func newPageTable(b source.Block) *pageTable {
 		hot:     make([]uint64, words),
 		huge:    make([]uint64, (words+hugeWords*wordPages-1)/(hugeWords*wordPages)+1),
 		hugeOK:  b.HVA%(hugePages*pageBytes) == 0,
+		whole:   b.Whole,
+	}
+	if t.whole {
+		for i := range t.huge {
+			t.huge[i] = ^uint64(0)
+		}
 	}
 	if b.Kind != source.Anonymous {
 		t.populated = make([]uint64, words)

@@ -79,6 +79,11 @@ func (c *scanner) window(block int, t *pageTable, w, end int, hot bool) bool {
 		switch {
 		case phase(c.s.phase.Load()) != capturing || c.s.failedWith() != nil:
 			return false
+		case t.whole:
+			if !(hot && t.hot[w] == 0) && atomic.LoadUint64(&t.claimed[w]) == 0 && !c.huge(block, t, uint64(w)*wordPages) {
+				return false
+			}
+			w += hugeWords
 		case hot && t.hot[w] == 0 || atomic.LoadUint64(&t.claimed[w]) == t.full(w):
 			w++
 		case content[w-from] == 0:

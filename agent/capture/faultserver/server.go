@@ -63,6 +63,11 @@ func newServer(cfg Config, a *arena.Arena) (*server, error) {
 		failed: make(chan struct{}), complete: make(chan struct{})}
 	pages := uint64(0)
 	for _, b := range cfg.Blocks {
+		for i := 0; b.Whole && i < a.Rings(); i++ {
+			if a.Ring(i).MaxReserve() < hugePages {
+				return nil, errors.Join(fmt.Errorf("fault server: a ring of %d pages for huge pages", a.Ring(i).Pages()), src.Close())
+			}
+		}
 		s.tables = append(s.tables, newPageTable(b))
 		pages += b.Pages
 	}
@@ -179,7 +184,7 @@ func inSteps(b source.Block, do func(start, length uint64) error) error {
 
 // noteHuge remembers which huge pages there are.
 func (s *server) noteHuge(t *pageTable) error {
-	if !t.hugeOK || !s.cfg.HugeAround {
+	if !t.hugeOK || !s.cfg.HugeAround || t.whole {
 		return nil
 	}
 	var regions [128]pagemap.Region
@@ -278,11 +283,16 @@ func (s *server) prove(block int, t *pageTable, first, n uint64, start, end uint
 		s.fail(Unproven, "block %d: a page of %d+%d was written or discarded before it was captured", block, first, n)
 		return false
 	}
-	if t.held != nil && !s.stillHeld(block, t, first, n) {
+	return t.held == nil || s.keeps(block, t, first, n)
+}
+
+// keeps checks that nothing of the run was discarded.
+func (s *server) keeps(block int, t *pageTable, first, n uint64) bool {
+	ok := s.stillHeld(block, t, first, n)
+	if !ok {
 		s.fail(Unproven, "block %d: a page of %d+%d was discarded before it was captured", block, first, n)
-		return false
 	}
-	return true
+	return ok
 }
 
 // stillHeld reports whether every page of the run that was held at the freeze

@@ -115,6 +115,10 @@ func (e *syncEngine) close() error { return nil }
 // whether the copy is the content at the freeze.
 func (s *server) captureRun(block int, t *pageTable, first, n uint64, data []byte) bool {
 	start, end := t.block.HVA+first*pageBytes, t.block.HVA+(first+n)*pageBytes
+	// A private page of hugetlbfs that is discarded is there again once it is read.
+	if t.whole && !s.keeps(block, t, first, n) {
+		return false
+	}
 	if err := s.src.Read(block, first, data); err != nil {
 		s.fail(Broken, "block %d, page %d: %v", block, first, err)
 		return false

@@ -25,7 +25,13 @@ type Block struct {
 	HVA   uint64 // address of its first byte, page aligned
 	Pages uint64 // length in pages
 	Kind  Kind
+	// Whole says that it lies in pages of 2 MiB from hugetlbfs, which the kernel
+	// protects, maps and discards as wholes only.
+	Whole bool
 }
+
+// WholePages is the length of a page of hugetlbfs, in pages.
+const WholePages = 2 << 20 / PageBytes
 
 // End is the address after the block's last byte.
 func (b Block) End() uint64 { return b.HVA + b.Pages*PageBytes }
@@ -61,6 +67,9 @@ func Open(pid int, blocks []Block) (*Source, error) {
 	for i, b := range blocks {
 		if b.HVA%PageBytes != 0 || b.Pages == 0 || b.Pages > 1<<40/PageBytes {
 			return nil, errors.Join(fmt.Errorf("block %d: %d pages at %#x", i, b.Pages, b.HVA), s.Close())
+		}
+		if b.Whole && (b.HVA%(WholePages*PageBytes) != 0 || b.Pages%WholePages != 0 || b.Kind == Anonymous) {
+			return nil, errors.Join(fmt.Errorf("block %d: %d pages at %#x are no hugetlbfs memory", i, b.Pages, b.HVA), s.Close())
 		}
 		s.blocks[i].Block = b
 		if b.Kind == Anonymous {
@@ -112,15 +121,17 @@ func (s *Source) Read(block int, first uint64, dst []byte) error {
 // Held calls yield for each run among the pages [first, first+n) that holds
 // something a discard (balloon, MADV_DONTNEED, a punched hole) would lose
 // without leaving a trace in the page's write-protect mark: pages of the file for
-// Shared, private copies for PrivateFile. Anonymous memory needs none of this, a
-// discard takes the mark along.
+// Shared, private copies for PrivateFile, what is mapped of hugetlbfs. Anonymous memory
+// needs none of this, a discard takes the mark along.
 func (s *Source) Held(block int, first, n uint64, yield func(first, n uint64)) error {
 	b := &s.blocks[block]
 	if first+n > b.Pages || n == 0 {
 		return fmt.Errorf("held pages of %d at page %d of a block of %d pages", n, first, b.Pages)
 	}
-	switch b.Kind {
-	case Shared:
+	switch {
+	case b.Whole:
+		return s.present(b, first, n, func(pagemap.Entry) bool { return true }, yield)
+	case b.Kind == Shared:
 		var buf [8]Run
 		runs, err := b.fileRuns(first, n, buf[:0])
 		for _, r := range runs {
@@ -129,15 +140,14 @@ func (s *Source) Held(block int, first, n uint64, yield func(first, n uint64)) e
 			}
 		}
 		return err
-	case PrivateFile:
-		return s.privateCopies(b, first, n, yield)
+	case b.Kind == PrivateFile: // what is the process's own
+		return s.present(b, first, n, func(e pagemap.Entry) bool { return !e.File() }, yield)
 	}
 	return nil
 }
 
-// privateCopies finds the pages of a private file mapping that are the
-// process's own.
-func (s *Source) privateCopies(b *source, first, n uint64, yield func(first, n uint64)) error {
+// present finds the pages that are in memory and of a kind, or swapped out.
+func (s *Source) present(b *source, first, n uint64, kind func(pagemap.Entry) bool, yield func(first, n uint64)) error {
 	var entries [512]pagemap.Entry
 	for end := first + n; first < end; {
 		k, err := s.pm.Entries(b.HVA+first*PageBytes, entries[:min(end-first, uint64(len(entries)))])
@@ -148,7 +158,7 @@ func (s *Source) privateCopies(b *source, first, n uint64, yield func(first, n u
 			return fmt.Errorf("page map of page %d: nothing there", first)
 		}
 		for _, e := range entries[:k] {
-			if e.Present() && !e.File() || e.Swapped() && e&swapTypeMask != swapTypeMarker {
+			if e.Present() && kind(e) || e.Swapped() && e&swapTypeMask != swapTypeMarker {
 				yield(first, 1)
 			}
 			first++
@@ -165,6 +175,11 @@ func (s *Source) Runs(block int, first, n uint64, out []Run) ([]Run, error) {
 	}
 	var err error
 	mark := len(out)
+	if b.Whole {
+		// A hugetlbfs file does not tell its holes, and a page on the move looks like
+		// one that is not there.
+		return appendRun(out, mark, Run{First: first, Pages: n}), nil
+	}
 	switch b.Kind {
 	case Anonymous:
 		out, err = s.mappedRuns(b, first, n, out)
