@@ -75,7 +75,8 @@ func hasPVHNote(kernel []byte) bool {
 }
 
 // A driver is loaded when a PCI device with one of the ids is there. A file system
-// ("fs:TYPE") when a disk with it is mounted; ext4 is part of the kernel.
+// ("fs:TYPE") when a disk with it is mounted; ext4 is part of the kernel. What is
+// loaded when it is wanted is "on:WHAT".
 type driver struct{ ids, modules string }
 
 // drivers of the guest; every one of a device needs the virtio PCI transport.
@@ -87,6 +88,7 @@ var drivers = []driver{
 	{"1af4:1004,1048", "virtio_scsi sd_mod"},
 	{"1af4:1005,1044", "virtio_rng"},
 	{"fs:xfs", "xfs"},
+	{"on:power", "button evdev"},
 }
 
 // transport comes before any driver and is nobody's dependency.
@@ -176,7 +178,7 @@ func moduleFiles(modules string) ([]file, error) {
 	for _, d := range drivers {
 		var all []string
 		want := strings.Fields(d.modules)
-		if !strings.HasPrefix(d.ids, "fs:") {
+		if !strings.HasPrefix(d.ids, "fs:") && !strings.HasPrefix(d.ids, "on:") {
 			want = append([]string{transport}, want...)
 		}
 		for _, m := range want {

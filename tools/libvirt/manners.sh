@@ -3,11 +3,12 @@
 # protects, and what becomes of it when ckagent or libvirtd ends at the worst moment.
 # Run as root; it brings a libvirtd of its own (host.sh) and leaves nothing.
 #
-#   a domain with a qcow2 disk that a guest writes and fsyncs files to, protected
+#   a domain with a qcow2 disk that a guest writes and fsyncs files to, protected by
+#                          ten checkpoints and two agents, each of which is killed
 #   kill -9, SIGSTOP of ckagent and kill -9 of libvirtd inside a pause: the guest
 #                          runs on, libvirt knows it, nothing stays in QEMU
 #   snapshot, blockcommit, managedsave, start
-#   destroy, start         the last fsynced file is there, and every other
+#   shutdown, start        the last fsynced file is there, and every other
 set -euo pipefail
 here=$(cd "$(dirname "$0")" && pwd)
 . "$here/enter.sh"
@@ -18,21 +19,20 @@ truncate -s 64M "$LAB/disk.raw"
 mkfs.ext4 -q -F "$LAB/disk.raw"
 qemu-img convert -O qcow2 "$LAB/disk.raw" "$LAB/disk.qcow2"
 rm "$LAB/disk.raw"
-define_domain "GD_WS=16 GD_RATE=2000 GD_DISK=vda GD_FILES=disk GD_FILES_MS=20" \
+define_domain "GD_WS=16 GD_RATE=2000 GD_DISK=vda GD_FILES=disk GD_FILES_MS=20 GD_POWER=1" \
 	"<disk type='file'><driver name='qemu' type='qcow2'/><source file='$LAB/disk.qcow2'/><target dev='vda' bus='virtio'/></disk>" hunter2
 start_domain
 
 protect() {
-	"$CKAGENT" attach "$PID" --store "$STORE" --interval 700ms 2>>"$LAB/attach.log" &
+	"$CKAGENT" attach "$PID" --store "$STORE" --interval 400ms --keep-last 0 2>>"$LAB/attach.log" &
 	agent=$!
 }
 more_than() { [ "$(taken)" -gt "$1" ]; }
 
-say "checkpoints, and ckagent killed between and in them"
-for _ in 1 2; do
-	before=$(taken)
+say "ten checkpoints, and ckagent killed between and in them"
+for n in 4 9; do
 	protect
-	until_true 30 more_than "$((before + 1))" || die "attach: $(cat "$LAB/attach.log")"
+	until_true 60 more_than "$n" || die "attach: $(cat "$LAB/attach.log")"
 	kill -9 "$agent"
 	wait "$agent" 2>/dev/null || true # killed
 	until_true 5 is running || die "the domain is $(state)"
@@ -123,12 +123,19 @@ until_true 20 alive || die "the guest does not carry on"
 untouched
 healthy
 
-say "destroy and start: the last fsynced file is there"
+say "no overlay is put between libvirt and its images"
+status=0
+"$CKAGENT" checkpoint "$PID" --store "$STORE" --disks overlay 2>"$LAB/refusal" || status=$?
+[ "$status" = 3 ] && grep -q "libvirt manages this VM" "$LAB/refusal" || die "overlay: exit $status, $(cat "$LAB/refusal")"
+untouched
+
+say "shutdown and start: the last fsynced file is there"
 from=$(mark)
-fsynced() { said "$from" '^FILES wrote='; }
-until_true 20 fsynced || die "the guest writes no files"
-wrote=$(last 0 wrote)
-virsh destroy demo >/dev/null
+virsh shutdown demo >/dev/null || die shutdown
+until_true 60 is "shut off" || die "the guest does not shut down: $(state)"
+said "$from" '^POWER pressed' || die "it was not asked to"
+wrote=$(last "$from" wrote)
+[ "${wrote:-0}" -gt 0 ] || die "the guest wrote no files"
 qemu-img check -q "$LAB/disk.qcow2" || die "the disk is damaged"
 [ "$(qemu-img info "$LAB/disk.qcow2" | grep -c backing)" = 0 ] || die "the disk has a backing file now"
 from=$(mark)

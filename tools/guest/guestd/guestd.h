@@ -61,6 +61,7 @@ void spin_start(void);
 void beat(long cpu);     // shows the host that this vCPU runs, if it is the spinning one and time for it
 void ws_start(void);     // ws.c
 void ga_start(void);     // ga.c
+void power_start(void);  // power.c
 extern _Atomic bool ga_frozen; // file systems are frozen: whoever writes files waits
 void ws_report(void);    // prints the WS line; called by the reporter
 void files_report(void);

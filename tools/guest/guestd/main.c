@@ -212,6 +212,7 @@ int main(void) {
 	ws_start();
 	spin_start();
 	ga_start();
+	power_start();
 	say("READY mono_us=%llu", (unsigned long long)(mono_ns() / 1000));
 	spawn(reporter, NULL, "report");
 

@@ -3,7 +3,8 @@
 //     <vendor>:<device>[,<device>...] <module> [<module>...]
 // with the modules in the order in which they have to be loaded. A machine
 // without virtio devices loads none and is up a second earlier. File systems have
-// lines of their own, "fs:<type>", that are loaded when a disk is mounted.
+// lines of their own, "fs:<type>", that are loaded when a disk is mounted, and so has
+// what is loaded when it is wanted, "on:<what>".
 #include "guestd.h"
 #include <dirent.h>
 #include <errno.h>
@@ -78,7 +79,7 @@ void boot_modules(void) {
 	char line[512];
 	while (f && fgets(line, sizeof line, f)) {
 		char *save, *ids = strtok_r(line, " \n", &save);
-		if (!ids || !strncmp(ids, "fs:", 3) || !present(ids, found, n))
+		if (!ids || !strncmp(ids, "fs:", 3) || !strncmp(ids, "on:", 3) || !present(ids, found, n))
 			continue;
 		for (char *m; (m = strtok_r(NULL, " \n", &save));)
 			load(m);
