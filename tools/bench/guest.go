@@ -19,12 +19,16 @@ import (
 // writesPerSecond is how fast the guests write random pages.
 const writesPerSecond = 24_000
 
+// recordsPerSecond is how many records a guest with a disk writes to it, each fsynced.
+const recordsPerSecond = 100
+
 // guestSpec says what guest to measure on.
 type guestSpec struct {
 	memoryMiB, usedMiB int
 	devices            int  // virtio devices
 	small              bool // RAM in 4 KiB pages instead of transparent huge ones
 	idle               bool // writes little
+	disk               bool // a qcow2 disk that it writes and fsyncs records to
 }
 
 func (s guestSpec) String() string {
@@ -32,7 +36,11 @@ func (s guestSpec) String() string {
 	if s.small {
 		pages = "4 KiB pages"
 	}
-	return fmt.Sprintf("%s RAM, %s used, %s, %d virtio devices", mib(s.memoryMiB), mib(s.usedMiB), pages, s.devices)
+	text := fmt.Sprintf("%s RAM, %s used, %s, %d virtio devices", mib(s.memoryMiB), mib(s.usedMiB), pages, s.devices)
+	if s.disk {
+		text += " and a qcow2 disk"
+	}
+	return text
 }
 
 func mib(n int) string {
@@ -68,6 +76,10 @@ func launch(ctx context.Context, s guestSpec) (_ *guest, err error) {
 		Append: fmt.Sprintf("GD_WORDS=64 GD_SWEEP=2000 GD_REPORT=%d", reportEvery.Milliseconds())}
 	if s.idle {
 		cfg.Rate, cfg.BeatUS = 400, 0
+	}
+	if s.disk {
+		cfg.Disks = []vmtest.Disk{{FS: "ext4", Format: "qcow2"}}
+		cfg.Append += fmt.Sprintf(" GD_LOG=%d", recordsPerSecond)
 	}
 	g := &guest{spec: s}
 	boot, cancel := context.WithTimeout(ctx, 2*time.Minute)

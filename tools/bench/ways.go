@@ -13,6 +13,8 @@ import (
 	"regexp"
 	"strings"
 	"time"
+
+	"github.com/ckagent/ckagent/agent/qmp"
 )
 
 // Names of the ways to keep a VM's state.
@@ -53,17 +55,18 @@ type checkpointReport struct {
 
 // ckagent takes a checkpoint by the program, from nothing to its exit.
 func (b *bench) ckagent(ctx context.Context, g *guest, dir string) (figures, []stage, error) {
-	return b.byEngine(ctx, g, dir, "auto")
+	return b.checkpoint(ctx, g, dir)
 }
 
 // uffd is ckagent with the synchronous engine.
 func (b *bench) uffd(ctx context.Context, g *guest, dir string) (figures, []stage, error) {
-	return b.byEngine(ctx, g, dir, "uffd")
+	return b.checkpoint(ctx, g, dir, "--engine", "uffd")
 }
 
-func (b *bench) byEngine(ctx context.Context, g *guest, dir, engine string) (figures, []stage, error) {
+// checkpoint is ckagent with more arguments.
+func (b *bench) checkpoint(ctx context.Context, g *guest, dir string, args ...string) (figures, []stage, error) {
 	began := time.Now()
-	out, marks, cpu, err := b.command(ctx, "checkpoint", fmt.Sprint(g.PID()), "--store", dir, "--mode", "cow", "--engine", engine)
+	out, marks, cpu, err := b.command(ctx, append([]string{"checkpoint", fmt.Sprint(g.PID()), "--store", dir, "--mode", "cow"}, args...)...)
 	ended := time.Now()
 	if err != nil {
 		return nil, nil, err
@@ -136,8 +139,8 @@ func (b *bench) command(ctx context.Context, args ...string) (out []byte, marks 
 }
 
 // migrate lets QEMU write its state to a file by the quickest way it has: its own
-// writes to a descriptor, at full speed.
-func (g *guest) migrate(ctx context.Context, path string, background bool) (bytes float64, err error) {
+// writes to a descriptor, at full speed. Commands that come before it are sent along.
+func (g *guest) migrate(ctx context.Context, path string, background bool, before ...*qmp.Request) (bytes float64, err error) {
 	f, err := os.OpenFile(path, os.O_CREATE|os.O_WRONLY|os.O_TRUNC, 0o600)
 	if err != nil {
 		return 0, err
@@ -157,8 +160,18 @@ func (g *guest) migrate(ctx context.Context, path string, background bool) (byte
 	if err := g.q.ExecuteFD(ctx, "getfd", map[string]any{"fdname": "bench"}, nil, f); err != nil {
 		return 0, err
 	}
-	if err := g.q.Execute(ctx, "migrate", map[string]any{"uri": "fd:bench"}, nil); err != nil {
+	begin, err := qmp.Encode("migrate", map[string]any{"uri": "fd:bench"})
+	if err != nil {
 		return 0, err
+	}
+	calls, err := g.q.Send(append(before, begin)...)
+	if err != nil {
+		return 0, err
+	}
+	for _, c := range calls {
+		if err := c.Wait(ctx, nil); err != nil {
+			return 0, err
+		}
 	}
 	for {
 		var info struct {
