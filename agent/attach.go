@@ -22,6 +22,8 @@ type Options struct {
 	QMP  string // address of the monitor; default: found
 	// LeaveDisksOut takes VMs whose writable disks are to be left out of checkpoints.
 	LeaveDisksOut bool
+	// Overlays takes those whose disks only an overlay can keep (capture.DisksOverlay).
+	Overlays bool
 
 	Hooks  Hooks
 	Freeze time.Duration // freeze the guest's file systems for the pause, no longer than this; 0: do not
@@ -111,7 +113,7 @@ func (v *VM) look(ctx context.Context, t *vm.Target) error {
 	if _, err := t.TakeOutLeftovers(ctx); err != nil {
 		return problem.New(problem.CodeOf(err), "protect", t.Process.String(), "an earlier checkpoint's disks: %w", err)
 	}
-	t.LeaveDisksOut = v.opts.LeaveDisksOut
+	t.LeaveDisksOut, t.Overlays = v.opts.LeaveDisksOut, v.opts.Overlays
 	refusals, err := t.Refusals(ctx)
 	if err != nil {
 		return err

@@ -45,11 +45,14 @@ func (s *session) planDisks(ctx context.Context, txn *store.Txn, ramBytes uint64
 		}
 		c.Sources = sources
 	}
+	if m := s.sub.Machine.Facts[image.FactManager]; m != "" && (s.o.Disks == DisksSnapshot || s.o.Disks == DisksOverlay) {
+		return problem.New(problem.Refused, "checkpoint", s.object, "%s manages this VM, and would not know what --disks %s does to its images", m, s.o.Disks).
+			WithHint("use --disks backup, which leaves its images what they are")
+	}
+	if s.o.Disks == DisksOverlay {
+		c.Overlay = &diskcopy.Overlay{Dir: s.o.OverlayDir, Outside: s.target.Process.Outside}
+	}
 	if s.o.Disks == DisksSnapshot {
-		if m := s.sub.Machine.Facts[image.FactManager]; m != "" {
-			return problem.New(problem.Refused, "checkpoint", s.object, "%s manages this VM, and would not know of snapshots in its images", m).
-				WithHint("use --disks backup")
-		}
 		s.disks, err = disksnap.Plan(disksnap.Config{QMP: c.QMP, Sources: sources, Store: s.store, ID: txn.ID(), VM: s.sub.Name})
 	} else {
 		s.disks, err = diskcopy.Plan(ctx, c)

@@ -35,6 +35,10 @@ type Disks string
 
 const (
 	DisksBackup Disks = "backup" // copied to the store
+	// DisksOverlay copies them as well, but switches the drives to overlays meanwhile:
+	// nothing of what the guest overwrites has to be kept in memory. A QEMU that ends
+	// in between leaves its last writes in the overlay.
+	DisksOverlay Disks = "overlay"
 	// DisksSnapshot keeps them inside the images that the guest uses: nothing is copied,
 	// and nothing survives the image.
 	DisksSnapshot Disks = "snapshot"
@@ -82,6 +86,8 @@ type Options struct {
 	// DiskMemoryBytes bounds the memory for what the guest overwrites on its disks
 	// before it was copied. Default: a quarter of what is available, at most 1 GiB.
 	DiskMemoryBytes uint64
+	// OverlayDir is where overlays are made. Default: each beside its image.
+	OverlayDir string
 
 	// Helper is the command line that starts a helper process of ours: the verb
 	// is appended. Default: this very binary.
@@ -161,12 +167,9 @@ func (o Options) withDefaults() (Options, error) {
 		o.Dedup = true
 	}
 	switch o.Disks {
-	case DisksBackup, DisksSnapshot, DisksNone:
-	case "overlay":
-		return o, problem.New(problem.Refused, "checkpoint", "", "disks as overlays are not in this version").
-			WithHint("use --disks backup, or snapshot for qcow2 images")
+	case DisksBackup, DisksOverlay, DisksSnapshot, DisksNone:
 	default:
-		return o, usage("disks %q: want backup, snapshot or none", o.Disks)
+		return o, usage("disks %q: want backup, overlay, snapshot or none", o.Disks)
 	}
 	switch o.Engine {
 	case EngineAuto, EngineUffd, EngineBPF:

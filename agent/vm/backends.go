@@ -295,7 +295,7 @@ func (d *describer) files() {
 		case !strings.HasPrefix(path, "/") && strings.Contains(path, ":"):
 			return // a protocol: nbd:, fat:, rbd:
 		}
-		if _, err := os.Stat(d.outside(path)); errors.Is(err, os.ErrNotExist) {
+		if _, err := os.Stat(d.t.Process.Outside(path)); errors.Is(err, os.ErrNotExist) {
 			d.c.refuse("missing-file", path, what+" names it, but it is gone: the VM could not be started again", "put the file back, or start the VM without it")
 		}
 	}
@@ -326,12 +326,4 @@ func (d *describer) files() {
 			check("-"+o.Name+" "+key, val)
 		}
 	}
-}
-
-// outside is the path of a file of the process, seen from here.
-func (d *describer) outside(path string) string {
-	if !filepath.IsAbs(path) {
-		return d.t.Process.Path("cwd") + "/" + path
-	}
-	return d.t.Process.Path("root") + path
 }

@@ -200,7 +200,7 @@ func (d *describer) readConfig() error {
 		if o.Name != "readconfig" {
 			continue
 		}
-		raw, err := readBounded(d.outside(o.Value), maxConfigFile)
+		raw, err := readBounded(d.t.Process.Outside(o.Value), maxConfigFile)
 		if errors.Is(err, os.ErrNotExist) {
 			continue // refused as a missing file
 		}

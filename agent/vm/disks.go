@@ -2,6 +2,7 @@ package vm
 
 import (
 	"context"
+	"encoding/json"
 	"fmt"
 	"regexp"
 	"slices"
@@ -74,6 +75,7 @@ func (t *Target) Disks(ctx context.Context) ([]Disk, error) {
 			if i.Image.Filename != "" && !strings.HasPrefix(i.Image.Filename, "json:") {
 				d.File = i.Image.Filename
 			}
+			d.File = fileOf(d.File)
 			d.Temporary = temporaryImage.MatchString(i.Image.Filename) || temporaryImage.MatchString(i.File)
 		}
 		for _, name := range []string{b.Device, b.QDev, d.Node} {
@@ -85,6 +87,29 @@ func (t *Target) Disks(ctx context.Context) ([]Disk, error) {
 		out = append(out, d)
 	}
 	return out, nil
+}
+
+// fileOf takes the file out of what QEMU calls an image that was opened with options
+// which no file name can say, such as the secret of an encrypted one.
+func fileOf(name string) string {
+	text, ok := strings.CutPrefix(name, "json:")
+	if !ok {
+		return name
+	}
+	type node struct {
+		Filename string          `json:"filename"`
+		File     json.RawMessage `json:"file"`
+	}
+	for at := []byte(text); ; {
+		var n node
+		if json.Unmarshal(at, &n) != nil {
+			return name // "file" is a node's name, or nothing
+		}
+		if n.Filename != "" {
+			return n.Filename
+		}
+		at = n.File
+	}
 }
 
 // passthrough reports that the guest speaks to the medium itself.

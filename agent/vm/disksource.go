@@ -13,13 +13,23 @@ import (
 type DiskSource struct {
 	disk.Source
 	Drive Disk
+	// KeySecret is the id of the secret object that opens an encrypted image; empty for
+	// others.
+	KeySecret string
 }
 
 // Record describes the disk for a manifest, but for where its content is.
 func (s *DiskSource) Record() image.Disk {
 	d := s.Drive
+	content := image.ContentGuest
+	switch {
+	case s.File != "" && s.Format == "luks":
+		content = image.ContentLUKS
+	case s.File != "":
+		content = image.ContentQCOW2
+	}
 	return image.Disk{Name: d.Name, Device: d.Device, Node: s.Root, QOMPath: d.QOMPath, Type: d.Type,
-		Format: s.Format, Path: s.Path, SizeBytes: s.Bytes, Content: image.ContentGuest}
+		Format: s.Format, Path: s.Path, SizeBytes: s.Bytes, Content: content}
 }
 
 // DiskSources lists the media that a checkpoint has to hold, and why some of the
@@ -51,7 +61,12 @@ func (t *Target) DiskSources(ctx context.Context) ([]DiskSource, []Refusal, erro
 	}
 	var out []DiskSource
 	for _, s := range sources {
-		out = append(out, DiskSource{s, *find(s.Device)})
+		d := DiskSource{Source: s, Drive: *find(s.Device)}
+		if s.File != "" {
+			d.KeySecret = t.keySecret(&d)
+			refused = append(refused, t.refuseEncrypted(&d)...)
+		}
+		out = append(out, d)
 	}
 	if len(out) > 0 && !t.Version.AtLeast(7, 1) {
 		refused = append(refused, Refusal{Code: "qemu-version", Object: out[0].Drive.Name,
@@ -73,6 +88,45 @@ func (t *Target) DiskSources(ctx context.Context) ([]DiskSource, []Refusal, erro
 		}
 	}
 	return out, refused, nil
+}
+
+// refuseEncrypted says why an encrypted image cannot be copied as it lies.
+func (t *Target) refuseEncrypted(d *DiskSource) []Refusal {
+	if !t.Overlays {
+		return []Refusal{{Code: "encrypted-disk", Object: d.Drive.Name,
+			Reason: "it is encrypted (" + d.Path + "), and what QEMU reads of it is plain: the store would hold the guest's data in the clear",
+			Advice: "use --disks overlay, which copies the image as it lies, encrypted; or leave disks out with --disks none"}}
+	}
+	if d.KeySecret == "" {
+		return []Refusal{{Code: "encrypted-disk", Object: d.Drive.Name,
+			Reason: "no option of QEMU's command line says which secret opens it, and an overlay without one would hold the guest's data in the clear",
+			Advice: "name the drive on the command line, with key-secret or encrypt.key-secret"}}
+	}
+	return nil
+}
+
+// keySecret finds the secret of an encrypted image on the command line.
+func (t *Target) keySecret(d *DiskSource) string {
+	for i := range t.Options {
+		o := &t.Options[i]
+		if o.Name != "drive" && o.Name != "blockdev" {
+			continue
+		}
+		kv, err := o.KeyVal()
+		if err != nil {
+			continue
+		}
+		get := func(key string) string { v, _ := kv.Get(key); return v }
+		if o.Name == "drive" && (d.Drive.Device == "" || get("id") != d.Drive.Device) || o.Name == "blockdev" && get("node-name") != d.Image {
+			continue
+		}
+		for _, key := range []string{"encrypt.key-secret", "key-secret"} {
+			if v := get(key); v != "" {
+				return v
+			}
+		}
+	}
+	return ""
 }
 
 // ioThreads names the machine's I/O threads.

@@ -217,6 +217,23 @@ func (p *Process) String() string { return object(p.PID) }
 // Path is a file of this process under /proc, for instance Path("pagemap").
 func (p *Process) Path(name string) string { return "/proc/" + strconv.Itoa(p.PID) + "/" + name }
 
+// Outside is the path of one of its files, seen from here: by the same name where both
+// see the same file.
+func (p *Process) Outside(path string) string {
+	if !filepath.IsAbs(path) {
+		return p.Path("cwd") + "/" + path
+	}
+	theirs := p.Path("root") + path
+	a, err := os.Stat(path)
+	if err != nil {
+		return theirs
+	}
+	if b, err := os.Stat(theirs); err == nil && os.SameFile(a, b) {
+		return path
+	}
+	return theirs
+}
+
 // PidFD is the pidfd; it belongs to the Process and is closed with it.
 func (p *Process) PidFD() *os.File { return p.pidfd }
 

@@ -35,6 +35,9 @@ type Target struct {
 	// LeaveDisksOut is set by who wants checkpoints without disks: then Refusals
 	// does not judge them.
 	LeaveDisksOut bool
+	// Overlays is set by who switches disks to overlays: then encrypted images can be
+	// copied as they lie, since nobody writes to them meanwhile.
+	Overlays bool
 
 	// fresh says that the mappings in Blocks were read by the Layout just before: the
 	// next look at their flags may spare the kernel another walk of every page table.

@@ -33,6 +33,7 @@ type captureFlags struct {
 	disks      string
 	diskSpeed  sizeValue
 	diskMem    sizeValue
+	overlayDir string
 
 	preHook, postHook string
 	hookTimeout       time.Duration
@@ -57,7 +58,8 @@ func (f *captureFlags) add(c *cobra.Command) {
 	fl.Var(&f.minFree, "min-free", "space to leave free in the store")
 	fl.DurationVar(&f.maxStall, "max-stall", 100*time.Millisecond, "longest time a vCPU may wait for us")
 	fl.Var(&f.captureMem, "capture-memory", "memory for pages on their way to the store in mode cow (default 96M)")
-	fl.StringVar(&f.disks, "disks", "backup", "backup (copy the writable disks of the same instant to the store), snapshot (keep them inside their qcow2 images) or none")
+	fl.StringVar(&f.disks, "disks", "backup", "backup (copy the writable disks of the same instant to the store), overlay (the same, with the guest's writes in overlays meanwhile), snapshot (keep them inside their qcow2 images) or none")
+	fl.StringVar(&f.overlayDir, "overlay-dir", "", "directory for the files of --disks overlay (default: beside each image)")
 	fl.Var(&f.diskSpeed, "disk-speed", "most to copy of each disk per second (default 256M)")
 	fl.Var(&f.diskMem, "disk-memory", "memory for what the guest overwrites before it was copied (default: a quarter of what is available, at most 1G)")
 	fl.Var(&f.bufferMem, "buffer-memory", "limit of mode buffer (default: half of the available memory)")
@@ -70,7 +72,7 @@ func (f *captureFlags) add(c *cobra.Command) {
 
 // attach says how to attach, for these flags.
 func (f *captureFlags) attach() (agent.Options, error) {
-	o := agent.Options{Name: f.name, QMP: f.qmp, LeaveDisksOut: f.disks == string(capture.DisksNone),
+	o := agent.Options{Name: f.name, QMP: f.qmp, LeaveDisksOut: f.disks == string(capture.DisksNone), Overlays: f.disks == string(capture.DisksOverlay),
 		Hooks: agent.Hooks{Pre: f.preHook, Post: f.postHook, Timeout: f.hookTimeout}}
 	if f.hookTimeout < time.Second {
 		return o, usageError("--hook-timeout %v: want at least 1s", f.hookTimeout)
@@ -96,7 +98,7 @@ func (f *captureFlags) options(a *app) (capture.Options, error) {
 		Mode: capture.Mode(f.mode), Engine: capture.Engine(f.engine), Compress: f.compress,
 		MaxStall: f.maxStall, MinFreeBytes: uint64(f.minFree),
 		ArenaBytes: uint64(f.captureMem), BufferBytes: uint64(f.bufferMem),
-		Disks: capture.Disks(f.disks), DiskSpeedBytes: uint64(f.diskSpeed), DiskMemoryBytes: uint64(f.diskMem),
+		Disks: capture.Disks(f.disks), DiskSpeedBytes: uint64(f.diskSpeed), DiskMemoryBytes: uint64(f.diskMem), OverlayDir: f.overlayDir,
 		Progress: func(e capture.Event) { a.log.Debug(e.Step, "detail", e.Detail, "took", e.Took) },
 	}, nil
 }

@@ -95,5 +95,5 @@ func sweptText(s disk.Swept) string {
 	if s.Nothing() {
 		return "nothing of ours was in its disks"
 	}
-	return fmt.Sprintf("%d jobs ended, %d filters, %d nodes and %d bitmaps removed", len(s.Jobs), len(s.Filters), len(s.Nodes), len(s.Bitmaps))
+	return fmt.Sprintf("%d jobs ended, %d overlays committed, %d filters, %d nodes and %d bitmaps removed", len(s.Jobs), len(s.Overlays), len(s.Filters), len(s.Nodes), len(s.Bitmaps))
 }

@@ -17,8 +17,9 @@ import (
 
 // diskBed is a machine with a disk that takes a while to copy.
 type diskBed struct {
-	v *vmtest.VM
-	m *vmtest.Monitor // of the test itself
+	v     *vmtest.VM
+	m     *vmtest.Monitor // of the test itself
+	image string
 }
 
 func newDiskBed(t *testing.T) diskBed {
@@ -34,7 +35,7 @@ func newDiskBed(t *testing.T) diskBed {
 	}
 	v := vmtest.Start(t, vmtest.Config{Guest: vmtest.Mini, MemoryMiB: 64, WSMiB: 4, Rate: 2000, Control: true,
 		Args: []string{"-drive", "if=none,id=disk0,format=qcow2,file=" + image, "-device", "virtio-blk-pci,drive=disk0,id=v"}})
-	return diskBed{v, monitor(t, v.ControlPath())}
+	return diskBed{v, monitor(t, v.ControlPath()), image}
 }
 
 // query is what QEMU says, as text.

@@ -114,14 +114,14 @@ func TestDisks(t *testing.T) {
 	}
 }
 
-func diskRounds(t *testing.T, disk vmtest.Disk, n int) {
+func diskRounds(t *testing.T, disk vmtest.Disk, n int, args ...string) {
 	x := newTool(t)
 	v := vmtest.Start(t, vmtest.Config{MemoryMiB: 192, WSMiB: 8, Disks: []vmtest.Disk{disk}, Append: "GD_LOG=0"})
 	var ids []string
 	var longest time.Duration
 	for range n {
 		v.WaitLog(t, 40)
-		c := x.checkpoint(t, v.PID(), "--keep-last", "0")
+		c := x.checkpoint(t, v.PID(), append(args, "--keep-last", "0")...)
 		wantUntouched(t, v.PID())
 		ids = append(ids, c.ID)
 		longest = max(longest, time.Duration(c.PauseNS))

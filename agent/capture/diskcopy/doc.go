@@ -16,6 +16,10 @@
 //
 // Package agent/vm/disk has a picture of what is in QEMU meanwhile.
 //
+// With overlays (Config.Overlay) there is no filter and no memory: the transaction
+// switches the drives, the copies read the images, and Finish has QEMU commit the
+// overlays. Encrypted images are copied as they lie, which needs that nobody writes.
+//
 // # Concurrency
 //
 // A Set belongs to one goroutine.
@@ -24,7 +28,9 @@
 //
 // A volume that cannot be written, memory for old content that is used up, a copy
 // that stands still: the checkpoint fails (problem.Store, problem.Busy), the guest
-// runs on. If the agent dies, the guardian ends the jobs and takes out nodes and
-// filters; bitmaps stay. Those then belong to a checkpoint that does not exist or do
-// not record any more, and the next checkpoint copies the disk whole and removes them.
+// runs on. If the agent dies, the guardian ends the jobs, commits overlays and takes out
+// nodes and filters; bitmaps stay. Those then belong to a checkpoint that does not exist
+// or do not record any more, and the next checkpoint copies the disk whole and removes
+// them. If QEMU dies, an overlay stays beside its image, and no other is made until
+// somebody has committed or removed it.
 package diskcopy

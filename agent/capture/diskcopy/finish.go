@@ -25,7 +25,7 @@ func (s *Set) explain(d *item, text string) error {
 		p.Code = problem.Store
 		return p.WithHint("the store is full: ckagent gc, ckagent rm, or a smaller --keep-last")
 	}
-	if used, limit := d.memoryUse(); used > limit-limit/8 {
+	if used, limit := d.memoryUse(); limit > 0 && used > limit-limit/8 {
 		p.Code = problem.Busy
 		return p.WithHint("the guest overwrote more than the %d MiB kept for old content of this disk: raise --disk-memory or --disk-speed", limit>>20)
 	}
@@ -35,7 +35,7 @@ func (s *Set) explain(d *item, text string) error {
 // memoryUse is how much of the memory for old content is in use, in bytes.
 func (d *item) memoryUse() (used, limit uint64) {
 	var st unix.Stat_t
-	if unix.Fstat(int(d.memory.Fd()), &st) != nil {
+	if d.memory == nil || unix.Fstat(int(d.memory.Fd()), &st) != nil {
 		return 0, 0
 	}
 	return uint64(st.Blocks) * 512, uint64(st.Size)
@@ -84,7 +84,7 @@ func (s *Set) Keep(ctx context.Context) error {
 		if d.base == nil {
 			continue
 		}
-		if err := s.c.QMP.Execute(ctx, "block-dirty-bitmap-remove", bitmapArgs(d.src.Root, d.base.bitmap), nil); err != nil {
+		if err := s.c.QMP.Execute(ctx, "block-dirty-bitmap-remove", bitmapArgs(d.src.Tracked(), d.base.bitmap), nil); err != nil {
 			// It records nothing any more; the next checkpoint removes it.
 			errs = append(errs, s.failed("remove an old bitmap", d, err))
 		}
@@ -111,7 +111,7 @@ func (s *Set) restoreBitmaps(ctx context.Context) error {
 	}
 	var errs []error
 	for _, d := range s.items {
-		node := g.Nodes[d.src.Root]
+		node := g.Nodes[d.src.Tracked()]
 		if node == nil {
 			continue
 		}
@@ -124,10 +124,10 @@ func (s *Set) restoreBitmaps(ctx context.Context) error {
 				actions = append(actions, map[string]any{"type": kind, "data": data})
 			}
 			if d.base != nil {
-				act("block-dirty-bitmap-merge", map[string]any{"node": d.src.Root, "target": d.base.bitmap, "bitmaps": []string{b.Name}})
-				act("block-dirty-bitmap-enable", bitmapArgs(d.src.Root, d.base.bitmap))
+				act("block-dirty-bitmap-merge", map[string]any{"node": d.src.Tracked(), "target": d.base.bitmap, "bitmaps": []string{b.Name}})
+				act("block-dirty-bitmap-enable", bitmapArgs(d.src.Tracked(), d.base.bitmap))
 			}
-			act("block-dirty-bitmap-remove", bitmapArgs(d.src.Root, b.Name))
+			act("block-dirty-bitmap-remove", bitmapArgs(d.src.Tracked(), b.Name))
 			errs = append(errs, s.c.QMP.Execute(ctx, "transaction", map[string]any{"actions": actions}, nil))
 		}
 	}
@@ -135,13 +135,14 @@ func (s *Set) restoreBitmaps(ctx context.Context) error {
 }
 
 func (s *Set) close() error {
+	errs := []error{s.dropOverlays()}
 	for _, d := range s.items {
-		for _, f := range []*os.File{d.file, d.memory} {
+		for _, f := range []*os.File{d.file, d.memory, d.above} {
 			if f != nil {
 				_ = f.Close() // what counts was synced, and what was not does not count
 			}
 		}
-		d.file, d.memory = nil, nil
+		d.file, d.memory, d.above = nil, nil, nil
 	}
-	return s.closeParents()
+	return errors.Join(append(errs, s.closeParents())...)
 }

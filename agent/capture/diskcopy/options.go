@@ -39,6 +39,9 @@ type Config struct {
 	SpeedBytes  uint64        // per second and disk; 0: DefaultSpeed
 	Stall       time.Duration // without progress before a copy is given up; 0: DefaultStall
 	MemoryBytes uint64        // for old content, all disks together; 0: by what the host has
+	// Overlay, if not nil, has the drives switched to overlays, which take the guest's
+	// writes while the images are copied, instead of filters that keep old content.
+	Overlay *Overlay
 }
 
 // memory is how much each disk may use for old content.

@@ -4,6 +4,7 @@ import (
 	"context"
 	"errors"
 	"fmt"
+	"maps"
 	"os"
 	"time"
 
@@ -32,7 +33,10 @@ type item struct {
 	base   *base // nil: the whole disk is copied
 	volume string
 	file   *os.File // the volume
-	memory *os.File // for old content
+	memory *os.File // for old content; nil with an overlay
+
+	overlay string   // path of its overlay, with overlays
+	above   *os.File // that
 }
 
 // NeededBytes estimates what the copies will store.
@@ -50,11 +54,11 @@ func (s *Set) NeededBytes() uint64 {
 }
 
 // Plan decides for each disk what to copy. It touches nothing in QEMU.
-func Plan(ctx context.Context, c Config) (s *Set, err error) {
+func Plan(ctx context.Context, c Config) (_ *Set, err error) {
 	if c.Stall == 0 {
 		c.Stall = DefaultStall
 	}
-	s = &Set{c: c, parents: map[string]*store.Image{}}
+	s := &Set{c: c, parents: map[string]*store.Image{}}
 	defer func() {
 		if err != nil {
 			err = errors.Join(err, s.closeParents())
@@ -64,6 +68,11 @@ func Plan(ctx context.Context, c Config) (s *Set, err error) {
 		d := &item{n: i, src: &c.Sources[i], volume: image.VolumeName(c.Txn.ID(), i)}
 		if d.base, err = s.findBase(ctx, d); err != nil {
 			return nil, err
+		}
+		if c.Overlay != nil {
+			if d.overlay, err = s.overlayFile(d); err != nil {
+				return nil, err
+			}
 		}
 		s.items = append(s.items, d)
 	}
@@ -89,22 +98,27 @@ func (s *Set) Prepare(ctx context.Context) error {
 		return err
 	}
 	for _, d := range s.items {
-		backing := ""
-		if d.base != nil {
-			backing = d.base.chain[0].Name
+		if d.src.File == "" { // else the volume is as large as the image will be then
+			if err := s.addVolume(ctx, d, d.src.Bytes); err != nil {
+				return err
+			}
 		}
-		if d.file, err = makeVolume(ctx, s.volumePath(d.volume), backing, d.src.Bytes); err != nil {
-			return err
+		if s.c.Overlay != nil {
+			if err := s.addOverlay(ctx, d); err != nil {
+				return err
+			}
+			continue
 		}
 		if d.memory, err = makeMemory(ctx, d.src.Bytes, limit); err != nil {
 			return err
 		}
-		if err := s.lend(ctx, disk.TargetNode(d.n), d.file); err != nil {
+		if err := s.lend(ctx, disk.FleeceNode(d.n), disk.FdsetOpaque, d.memory, nil); err != nil {
 			return err
 		}
-		if err := s.lend(ctx, disk.FleeceNode(d.n), d.memory); err != nil {
-			return err
-		}
+	}
+	if s.c.Overlay != nil {
+		s.reqs, err = s.encode(true)
+		return err
 	}
 	early, err := s.filtersEarly(ctx)
 	if err != nil {
@@ -120,6 +134,18 @@ func (s *Set) Prepare(ctx context.Context) error {
 	}
 	s.reqs, err = s.encode(early)
 	return err
+}
+
+// addVolume makes the volume of a disk and lends it to QEMU.
+func (s *Set) addVolume(ctx context.Context, d *item, bytes uint64) (err error) {
+	backing := ""
+	if d.base != nil {
+		backing = d.base.chain[0].Name
+	}
+	if d.file, err = makeVolume(ctx, s.volumePath(d.volume), backing, bytes); err != nil {
+		return err
+	}
+	return s.lend(ctx, disk.TargetNode(d.n), disk.FdsetOpaque, d.file, nil)
 }
 
 // filtersEarly reports whether filters may be made before the pause, which is shorter
@@ -140,7 +166,7 @@ func filter(d *item, inPause bool) map[string]any {
 	args := map[string]any{"driver": "copy-before-write", "node-name": disk.FilterNode(d.n),
 		"file": d.src.Root, "target": disk.FleeceNode(d.n), "on-cbw-error": "break-snapshot"}
 	if inPause && d.base != nil {
-		args["bitmap"] = bitmapArgs(d.src.Root, d.base.bitmap)
+		args["bitmap"] = bitmapArgs(d.src.Tracked(), d.base.bitmap)
 	}
 	return args
 }
@@ -152,7 +178,7 @@ func (s *Set) dropStaleBitmaps(ctx context.Context) error {
 			if d.base != nil && d.base.bitmap == b.Name {
 				continue
 			}
-			if err := s.c.QMP.Execute(ctx, "block-dirty-bitmap-remove", bitmapArgs(d.src.Root, b.Name), nil); err != nil {
+			if err := s.c.QMP.Execute(ctx, "block-dirty-bitmap-remove", bitmapArgs(d.src.Tracked(), b.Name), nil); err != nil {
 				return s.failed("remove an old bitmap", d, err)
 			}
 		}
@@ -161,19 +187,20 @@ func (s *Set) dropStaleBitmaps(ctx context.Context) error {
 }
 
 // lend makes a block node of a qcow2 file that QEMU gets as a descriptor: it needs no
-// right to the path.
-func (s *Set) lend(ctx context.Context, node string, f *os.File) error {
+// right to the path. more are further options of the node.
+func (s *Set) lend(ctx context.Context, node, opaque string, f *os.File, more map[string]any) error {
 	var set struct {
 		ID int `json:"fdset-id"`
 	}
-	if err := s.c.QMP.ExecuteFD(ctx, "add-fd", map[string]string{"opaque": disk.FdsetOpaque}, &set, f); err != nil {
+	if err := s.c.QMP.ExecuteFD(ctx, "add-fd", map[string]string{"opaque": opaque}, &set, f); err != nil {
 		return fmt.Errorf("lend %s: %w", node, err)
 	}
-	err := s.c.QMP.Execute(ctx, "blockdev-add", map[string]any{
+	options := map[string]any{
 		"driver": "qcow2", "node-name": node, "backing": nil,
 		"file": map[string]any{"driver": "file", "filename": fmt.Sprintf("/dev/fdset/%d", set.ID), "locking": "off"},
-	}, nil)
-	if err != nil {
+	}
+	maps.Copy(options, more)
+	if err := s.c.QMP.Execute(ctx, "blockdev-add", options, nil); err != nil {
 		return fmt.Errorf("add %s: %w", node, err)
 	}
 	return nil
@@ -200,16 +227,19 @@ func (s *Set) encode(early bool) ([]*qmp.Request, error) {
 		return err
 	}
 	for _, d := range s.items {
-		fresh := bitmapArgs(d.src.Root, s.bitmap())
+		fresh := bitmapArgs(d.src.Tracked(), s.bitmap())
 		fresh["granularity"] = bitmapGranularity
 		actions = append(actions, action{"block-dirty-bitmap-add", fresh})
 		if d.base != nil {
 			// From here on it says what belongs to this checkpoint, and no more.
-			actions = append(actions, action{"block-dirty-bitmap-disable", bitmapArgs(d.src.Root, d.base.bitmap)})
+			actions = append(actions, action{"block-dirty-bitmap-disable", bitmapArgs(d.src.Tracked(), d.base.bitmap)})
+		}
+		if s.c.Overlay != nil {
+			actions = append(actions, action{"blockdev-snapshot", switchAction(d)})
 		}
 	}
-	if err := add("transaction", map[string]any{"actions": actions}); err != nil {
-		return nil, err
+	if err := add("transaction", map[string]any{"actions": actions}); err != nil || s.c.Overlay != nil {
+		return out, err
 	}
 	for _, d := range s.items {
 		if !early {
@@ -246,11 +276,14 @@ func (s *Set) Confirm(ctx context.Context, calls []*qmp.Call) error {
 }
 
 // Start starts the copies. The machine runs again.
-func (s *Set) Start(ctx context.Context) error {
+func (s *Set) Start(ctx context.Context) (err error) {
 	for _, d := range s.items {
 		snap := disk.SnapNode(d.n)
-		err := s.c.QMP.Execute(ctx, "blockdev-add", map[string]any{"driver": "snapshot-access", "node-name": snap, "file": disk.FilterNode(d.n)}, nil)
-		if err != nil {
+		if s.c.Overlay != nil {
+			if snap, err = s.frozen(ctx, d); err != nil {
+				return err
+			}
+		} else if err := s.c.QMP.Execute(ctx, "blockdev-add", map[string]any{"driver": "snapshot-access", "node-name": snap, "file": disk.FilterNode(d.n)}, nil); err != nil {
 			return s.failed("read the disk's instant", d, err)
 		}
 		job := map[string]any{"job-id": disk.CopyJob(d.n), "device": snap, "target": disk.TargetNode(d.n), "sync": "full",
@@ -288,7 +321,7 @@ func (s *Set) delta(ctx context.Context, d *item, snap string) error {
 	err := s.c.QMP.Execute(ctx, "block-dirty-bitmap-add", args, nil)
 	if err == nil {
 		err = s.c.QMP.Execute(ctx, "block-dirty-bitmap-merge", map[string]any{
-			"node": snap, "target": disk.DeltaBitmap, "bitmaps": []any{bitmapArgs(d.src.Root, d.base.bitmap)}}, nil)
+			"node": snap, "target": disk.DeltaBitmap, "bitmaps": []any{bitmapArgs(d.src.Tracked(), d.base.bitmap)}}, nil)
 	}
 	if err != nil {
 		return s.failed("copy", d, err)
@@ -318,6 +351,9 @@ func (s *Set) Wait(ctx context.Context) error {
 		}
 		left, progress, err := s.look(jobs)
 		if err != nil || left == 0 {
+			return err
+		}
+		if err := s.roomy(); err != nil {
 			return err
 		}
 		if progress != last {

@@ -5,7 +5,6 @@ import (
 	"encoding/json"
 	"errors"
 	"os"
-	"os/exec"
 	"path/filepath"
 	"slices"
 	"strings"
@@ -25,7 +24,7 @@ const virtio = "/machine/peripheral/v/virtio-backend"
 // oneDisk is a machine with a qcow2 image on virtio-blk.
 func oneDisk(t *testing.T, size string) *bed {
 	return newBed(t, guest.QEMU{}, func(dir string) []string {
-		return []string{"-drive", "if=none,id=d,format=qcow2,file=" + qcow2(t, dir+"/a", size), "-device", "virtio-blk-pci,drive=d,id=v"}
+		return []string{"-drive", "if=none,id=d,format=qcow2,file=" + newQcow2(t, dir+"/a", size), "-device", "virtio-blk-pci,drive=d,id=v"}
 	})
 }
 
@@ -45,7 +44,7 @@ func (b *bed) whole(device string) (volumes int, bytes uint64) {
 // changed, until a chain is long enough.
 func TestSeveralDisks(t *testing.T) {
 	b := newBed(t, guest.QEMU{}, func(dir string) []string {
-		return []string{"-drive", "if=none,id=d0,format=qcow2,file=" + qcow2(t, dir+"/a", "16M"), "-device", "virtio-blk-pci,drive=d0,id=v",
+		return []string{"-drive", "if=none,id=d0,format=qcow2,file=" + newQcow2(t, dir+"/a", "16M"), "-device", "virtio-blk-pci,drive=d0,id=v",
 			"-device", "virtio-scsi-pci,id=bus", "-drive", "if=none,id=d1,format=raw,file=" + raw(t, dir+"/b", 8<<20), "-device", "scsi-hd,drive=d1,id=s",
 			"-drive", "if=none,id=ro,readonly=on,format=raw,file=" + raw(t, dir+"/c", 1<<20), "-device", "virtio-blk-pci,drive=ro",
 			"-drive", "if=ide,media=cdrom,format=raw,file=" + raw(t, dir+"/d", 1<<20)}
@@ -295,21 +294,18 @@ func TestRefused(t *testing.T) {
 				b.vm.QMP.Execute(t.Context(), "block-export-add", map[string]any{"type": "nbd", "id": "e", "node-name": b.sourceRoot(), "writable": true}, nil))
 		}},
 		"encrypted": {code: "encrypted-disk", args: func(dir string) []string {
-			// It measures how quick it is, and on a busy host fails to.
-			create := []string{"create", "-q", "-f", "qcow2", "--object", "secret,id=s,data=x", "-o", "encrypt.format=luks,encrypt.key-secret=s,encrypt.iter-time=10", dir + "/e", "4M"}
-			for tries := 0; exec.Command("qemu-img", create...).Run() != nil && tries < 10; tries++ {
-			}
+			encrypted(t, "qcow2", dir+"/e", "4M")
 			return []string{"-object", "secret,id=s,data=x", "-drive", "if=none,id=d,format=qcow2,encrypt.key-secret=s,file=" + dir + "/e", "-device", "virtio-blk-pci,drive=d,id=v"}
 		}},
 		"two devices on one node": {code: "disk-shared", args: func(dir string) []string {
-			return []string{"-blockdev", "driver=qcow2,node-name=n,file.driver=file,file.filename=" + qcow2(t, dir+"/a", "8M"),
+			return []string{"-blockdev", "driver=qcow2,node-name=n,file.driver=file,file.filename=" + newQcow2(t, dir+"/a", "8M"),
 				"-device", "virtio-blk-pci,drive=n,id=v,share-rw=on", "-device", "virtio-scsi-pci,id=bus", "-device", "scsi-hd,drive=n,id=s,share-rw=on"}
 		}},
 	} {
 		t.Run(name, func(t *testing.T) {
 			if c.args == nil {
 				c.args = func(dir string) []string {
-					return []string{"-drive", "if=none,id=d,format=qcow2,file=" + qcow2(t, dir+"/a", "16M"), "-device", "virtio-blk-pci,drive=d,id=v"}
+					return []string{"-drive", "if=none,id=d,format=qcow2,file=" + newQcow2(t, dir+"/a", "16M"), "-device", "virtio-blk-pci,drive=d,id=v"}
 				}
 			}
 			b := newBed(t, guest.QEMU{}, c.args)

@@ -22,7 +22,7 @@ func makeVolume(ctx context.Context, path, backing string, size uint64) (*os.Fil
 	if err != nil {
 		return nil, problem.New(problem.Store, "create volume", path, "%w", err)
 	}
-	if err := format(ctx, f, backing, size); err != nil {
+	if err := format(ctx, f, backing, "qcow2", size); err != nil {
 		return nil, errors.Join(err, f.Close())
 	}
 	return f, nil
@@ -35,7 +35,7 @@ func makeMemory(ctx context.Context, size, limit uint64) (*os.File, error) {
 		return nil, fmt.Errorf("memory for disks: %w", err)
 	}
 	f := os.NewFile(uintptr(fd), "memory for disks")
-	if err := format(ctx, f, "", size); err != nil {
+	if err := format(ctx, f, "", "", size); err != nil {
 		return nil, errors.Join(err, f.Close())
 	}
 	err = f.Truncate(int64(limit))
@@ -48,11 +48,12 @@ func makeMemory(ctx context.Context, size, limit uint64) (*os.File, error) {
 	return f, nil
 }
 
-// format has qemu-img write an empty image into an open file.
-func format(ctx context.Context, f *os.File, backing string, size uint64) error {
+// format has qemu-img write an empty image into an open file. The image below it is
+// not looked at.
+func format(ctx context.Context, f *os.File, backing, backingFormat string, size uint64) error {
 	args := []string{"create", "-q", "-f", "qcow2"}
 	if backing != "" {
-		args = append(args, "-u", "-F", "qcow2", "-b", backing)
+		args = append(args, "-u", "-F", backingFormat, "-b", backing)
 	}
 	args = append(args, "/proc/self/fd/3", strconv.FormatUint(size, 10))
 	cmd := exec.CommandContext(ctx, "qemu-img", args...)

@@ -16,6 +16,13 @@
 // ckagent-bitmap-ID of what was written since checkpoint ID. The node that the guest
 // writes to stays the same: nothing of ours is in the way of a manager's next start.
 //
+// With overlays instead of filters, for the time of the copy and of the commit after it:
+//
+//	device -> [filters of its own] -> ckagent-overlay-N -> image, read by the job ckagent-copy-N
+//
+// The overlay is a file beside the image (OverlayName) with what was written since; the
+// job ckagent-commit-N writes that to the image and takes the overlay out.
+//
 // A guest write waits for a copy into memory and never for the store: the job reads
 // through the snapshot node and writes by itself. When that memory is used up, or
 // anything else in the way of the copy fails, QEMU breaks the snapshot

@@ -66,13 +66,20 @@ func TestRecordedGraphs(t *testing.T) {
 			for _, r := range refused {
 				codes = append(codes, r.Code)
 			}
-			if !slices.Equal(codes, []string{"job-active", "encrypted-disk"}) || refused[0].Object != "theirs" {
+			if !slices.Equal(codes, []string{"job-active"}) || refused[0].Object != "theirs" {
 				t.Errorf("refused %+v", refused)
 			}
-			if len(sources) != 1 {
+			if len(sources) != 2 {
 				t.Fatalf("sources %+v", sources)
 			}
-			s := sources[0]
+			e := sources[0]
+			if e.File == "" || g.Nodes[e.File].Driver != "file" || e.Tracked() != e.File || e.Path != "e.qcow2" || e.Storage != "file" {
+				t.Errorf("encrypted %+v", e)
+			}
+			s := sources[1]
+			if s.File != "" || s.Tracked() != "th" {
+				t.Errorf("source %+v", s)
+			}
 			if s.Root != "th" || s.Format != "qcow2" || s.Path != "b.qcow2" || s.Bytes != 4<<20 || s.Device != "/machine/peripheral/s1" {
 				t.Errorf("source %+v", s)
 			}

@@ -13,11 +13,23 @@ type Source struct {
 	Device  string // QOM path of the device
 	Format  string // driver of the image
 	Path    string // its name
+	Storage string // driver of what is below it all: file, host_device, nbd
 	Bytes   uint64 // size that the guest sees
 	Used    uint64 // allocated by the image and those under it, an upper guess for a copy
 	Bitmaps []Bitmap
+	// File is the node with an encrypted image as it lies there, if it can be copied like
+	// that; empty otherwise. The bitmaps are then of that node.
+	File string
 	// Snapshots are the names of the internal snapshots of the image.
 	Snapshots []string
+}
+
+// Tracked is the node whose bitmaps say what was written to the medium.
+func (s *Source) Tracked() string {
+	if s.File != "" {
+		return s.File
+	}
+	return s.Root
 }
 
 // Refusal is a reason why a drive cannot be part of a checkpoint.
@@ -68,6 +80,12 @@ func (g *Graph) source(d *Drive) (Source, *Refusal) {
 	}
 	s := Source{Root: root.Name, Image: image.Name, Device: d.QOMPath, Format: image.Driver, Path: image.Path(),
 		Bytes: root.Image.VirtualSize, Bitmaps: root.Bitmaps}
+	for n := image; n != nil; n = g.Nodes[n.Child("file")] {
+		s.Storage = n.Driver
+		if strings.HasPrefix(s.Path, "json:") { // options that no file name can say
+			s.Path = n.Path()
+		}
+	}
 	for _, snap := range image.Image.Snapshots {
 		s.Snapshots = append(s.Snapshots, snap.Name)
 	}
@@ -78,8 +96,11 @@ func (g *Graph) source(d *Drive) (Source, *Refusal) {
 				"ckagent release takes it out"}
 		}
 		if n.Encrypted || n.Driver == "luks" {
-			return s, &Refusal{"encrypted-disk", root.Name, "it is encrypted (" + n.Path() + "), and what QEMU reads of it is plain: the store would hold the guest's data in the clear",
-				"let the guest encrypt its disk itself, or leave disks out with --disks none"}
+			if s.File = g.encrypted(image, n); s.File == "" {
+				return s, &Refusal{"encrypted-disk", root.Name, "it is encrypted (" + n.Path() + ") below another image, or over a backing file: the store would hold the guest's data in the clear",
+					"let the guest encrypt its disk itself, or leave disks out with --disks none"}
+			}
+			s.Bitmaps = g.Nodes[s.File].Bitmaps
 		}
 		for _, e := range g.Exports {
 			if e.Node == n.Name {
@@ -94,6 +115,16 @@ func (g *Graph) source(d *Drive) (Source, *Refusal) {
 		}
 	}
 	return s, nil
+}
+
+// encrypted is the node below a whole, encrypted image that lies in a file or on a block
+// device, and "" for what is encrypted in another way.
+func (g *Graph) encrypted(image, n *Node) string {
+	file := g.Nodes[n.Child("file")]
+	if n != image || n.Child("backing") != "" || file == nil || file.Driver != "file" && file.Driver != "host_device" {
+		return ""
+	}
+	return file.Name
 }
 
 func (g *Graph) job(id string) *Job {

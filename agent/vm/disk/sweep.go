@@ -13,15 +13,16 @@ import (
 
 // Swept says what Sweep took out.
 type Swept struct {
-	Jobs    []string `json:"jobs"`
-	Filters []string `json:"filters"` // devices that were given back their medium
-	Nodes   []string `json:"nodes"`
-	Bitmaps []string `json:"bitmaps"` // node/name
+	Jobs     []string `json:"jobs"`
+	Filters  []string `json:"filters"`  // devices that were given back their medium
+	Overlays []string `json:"overlays"` // images that were given what an overlay held
+	Nodes    []string `json:"nodes"`
+	Bitmaps  []string `json:"bitmaps"` // node/name
 }
 
 // Nothing reports that there was nothing to take out.
 func (s *Swept) Nothing() bool {
-	return len(s.Jobs)+len(s.Filters)+len(s.Nodes)+len(s.Bitmaps) == 0
+	return len(s.Jobs)+len(s.Filters)+len(s.Overlays)+len(s.Nodes)+len(s.Bitmaps) == 0
 }
 
 // jobPoll is how often a cancelled job is looked at. A job is asked about and not
@@ -29,10 +30,11 @@ func (s *Swept) Nothing() bool {
 const jobPoll = 5 * time.Millisecond
 
 // Sweep ends our jobs, gives devices back what they had, and removes our nodes, our
-// descriptor sets and, with bitmaps, our bitmaps. The machine may run. It goes on
-// after an error as far as makes sense and may be repeated.
+// descriptor sets and, with bitmaps, our bitmaps. What an overlay holds is committed to
+// the image below it, which takes as long as it takes and does not end with ctx. The
+// machine may run. It goes on after an error as far as makes sense and may be repeated.
 func Sweep(ctx context.Context, q Monitor, bitmaps bool) (Swept, error) {
-	s := Swept{Jobs: []string{}, Filters: []string{}, Nodes: []string{}, Bitmaps: []string{}}
+	s := Swept{Jobs: []string{}, Filters: []string{}, Overlays: []string{}, Nodes: []string{}, Bitmaps: []string{}}
 	err := s.endJobs(ctx, q)
 	if err != nil {
 		return s, err // nodes in use cannot be removed
@@ -42,6 +44,12 @@ func Sweep(ctx context.Context, q Monitor, bitmaps bool) (Swept, error) {
 		return s, err
 	}
 	var errs []error
+	if g.overlays() != nil {
+		errs = append(errs, s.commitOverlays(ctx, q, g))
+		if g, err = Read(ctx, q); err != nil {
+			return s, errors.Join(append(errs, err)...)
+		}
+	}
 	do := func(done *[]string, name, command string, args any) {
 		if err := q.Execute(ctx, command, args, nil); alreadyGone(err) {
 			// Somebody else was quicker: a guardian, or a release by hand.
@@ -76,21 +84,25 @@ func Sweep(ctx context.Context, q Monitor, bitmaps bool) (Swept, error) {
 			do(&s.Filters, d.QOMPath, "qom-set", map[string]string{"path": d.QOMPath, "property": "drive", "value": g.Nodes[d.Root].Child("file")})
 		}
 	}
-	for _, k := range []string{"cbw-", "fleece-", "target-"} {
+	for _, k := range []string{"cbw-", "fleece-", "target-", "overlay-"} {
 		for _, n := range kind(k) {
-			remove(n)
-		}
-	}
-	if bitmaps {
-		for _, n := range g.Nodes {
-			for _, b := range n.Bitmaps {
-				if OurBitmap(b.Name) && !Ours(n.Name) {
-					do(&s.Bitmaps, n.Name+"/"+b.Name, "block-dirty-bitmap-remove", map[string]string{"node": n.Name, "name": b.Name})
-				}
+			if k != "overlay-" || g.Nodes[n].Child("backing") == "" { // else it was not committed, and serves the guest
+				remove(n)
 			}
 		}
 	}
-	errs = append(errs, dropFdsets(ctx, q))
+	for _, n := range g.Nodes {
+		for _, b := range n.Bitmaps {
+			if !Ours(n.Name) && (b.Name == DeltaBitmap || bitmaps && OurBitmap(b.Name)) {
+				do(&s.Bitmaps, n.Name+"/"+b.Name, "block-dirty-bitmap-remove", map[string]string{"node": n.Name, "name": b.Name})
+			}
+		}
+	}
+	stays := map[string]bool{}
+	for _, name := range ours {
+		stays[name] = !slices.Contains(s.Nodes, name)
+	}
+	errs = append(errs, dropFdsets(ctx, q, stays))
 	return s, errors.Join(errs...)
 }
 
@@ -120,6 +132,12 @@ func (s *Swept) endJobs(ctx context.Context, q Monitor) error {
 			}
 			left++
 			switch {
+			case j.Over() && isCommit(j.ID) && j.Error == "":
+				if err := s.committed(ctx, q, j.ID); err != nil {
+					return fmt.Errorf("end %s: %w", j.ID, err)
+				}
+				s.Jobs = append(s.Jobs, j.ID)
+				left--
 			case j.Over():
 				if err := q.Execute(ctx, "job-dismiss", map[string]string{"id": j.ID}, nil); err != nil {
 					return fmt.Errorf("job-dismiss %s: %w", j.ID, err)
@@ -143,7 +161,9 @@ func (s *Swept) endJobs(ctx context.Context, q Monitor) error {
 	}
 }
 
-func dropFdsets(ctx context.Context, q Monitor) error {
+// dropFdsets takes back the descriptors of disks, and removes the files of overlays
+// that nothing is read from any more. Nodes that stay keep theirs.
+func dropFdsets(ctx context.Context, q Monitor, stays map[string]bool) error {
 	var sets []struct {
 		ID  int `json:"fdset-id"`
 		FDs []struct {
@@ -155,8 +175,16 @@ func dropFdsets(ctx context.Context, q Monitor) error {
 	}
 	var errs []error
 	for _, s := range sets {
-		if len(s.FDs) > 0 && s.FDs[0].Opaque == FdsetOpaque {
-			errs = append(errs, q.Execute(ctx, "remove-fd", map[string]int{"fdset-id": s.ID}, nil))
+		if len(s.FDs) == 0 {
+			continue
+		}
+		node, path, overlay := overlayOf(s.FDs[0].Opaque)
+		if overlay && stays[node] || !overlay && s.FDs[0].Opaque != FdsetOpaque {
+			continue
+		}
+		errs = append(errs, q.Execute(ctx, "remove-fd", map[string]int{"fdset-id": s.ID}, nil))
+		if overlay {
+			errs = append(errs, removeOverlay(path))
 		}
 	}
 	return errors.Join(errs...)
