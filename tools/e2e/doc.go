@@ -18,8 +18,9 @@
 // By default under five minutes, with -short the configurations and the long runs
 // are left out. CKAGENT_E2E_LONG=1 runs the configurations that others cover, too.
 // CKAGENT_E2E_ROUNDS=50 makes the run of consecutive checkpoints as
-// long as it has to be before a release. CKAGENT_E2E_BINARY names a binary to
-// test instead of building one.
+// long as it has to be before a release, CKAGENT_E2E_CHAIN=100 the chain that is
+// merged and taken apart. CKAGENT_E2E_BINARY names a binary to test instead of
+// building one.
 //
 // # Failure modes
 //
