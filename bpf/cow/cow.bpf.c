@@ -30,7 +30,6 @@ static __u64 (*bpf_get_current_task)(void) = (void *)35;
 static long (*bpf_send_signal)(__u32 sig) = (void *)109;
 static __u64 (*bpf_ringbuf_query)(void *ringbuf, __u64 flags) = (void *)134;
 static void (*bpf_ringbuf_discard)(void *data, __u64 flags) = (void *)133;
-static long (*bpf_loop)(__u32 nr, void *callback, void *context, __u64 flags) = (void *)181;
 
 /* Pieces of the address space; pages are numbered from first on. */
 struct range {
