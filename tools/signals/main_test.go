@@ -19,7 +19,8 @@ import (
 // binary is what users get, built once.
 var binary string
 
-// campaign asks for every load instead of a choice.
+// campaign asks for every load instead of a choice; as a duration ("90s") it is that
+// of the test of many VMs.
 var campaign = os.Getenv("CKAGENT_SIGNALS_CAMPAIGN") != ""
 
 func TestMain(m *testing.M) {

@@ -24,10 +24,16 @@ var taps atomic.Int32
 
 func newTap(t testing.TB) *tap {
 	t.Helper()
-	n := taps.Add(1)
-	x := &tap{name: fmt.Sprintf("ck%x%d", os.Getpid()&0xffff, n), host: fmt.Sprintf("10.213.%d.1", n), guestIP: fmt.Sprintf("10.213.%d.2", n)}
+	n := int(taps.Add(1))
+	// Four addresses of the range for measurements (RFC 2544), which differ from those
+	// of other tests that run on this host at the same time.
+	base := 4 * ((os.Getpid()*8 + n) & 0x7fff)
+	addr := func(i int) string {
+		return fmt.Sprintf("198.%d.%d.%d", 18+(base+i)>>16, (base+i)>>8&255, (base+i)&255)
+	}
+	x := &tap{name: fmt.Sprintf("ck%x%d", os.Getpid()&0xffff, n), host: addr(1), guestIP: addr(2)}
 	x.args = []string{"-netdev", "tap,id=tap0,ifname=" + x.name + ",script=no,downscript=no,vhost=off", "-device", "virtio-net-pci,netdev=tap0,romfile="}
-	x.guest = "GD_ECHO=7 GD_IP=" + x.guestIP + " GD_GW=" + x.host
+	x.guest = "GD_ECHO=7 GD_IP=" + x.guestIP + "/30 GD_GW=" + x.host
 	ip := func(args string) {
 		t.Helper()
 		if out, err := exec.Command("ip", strings.Fields(args)...).CombinedOutput(); err != nil {
@@ -43,7 +49,7 @@ func newTap(t testing.TB) *tap {
 	if err := os.WriteFile("/proc/sys/net/ipv6/conf/"+x.name+"/disable_ipv6", []byte("1"), 0); err != nil {
 		t.Log("IPv6 stays on: ", err)
 	}
-	ip("addr add " + x.host + "/24 dev " + x.name)
+	ip("addr add " + x.host + "/30 dev " + x.name)
 	ip("link set " + x.name + " up")
 	return x
 }
