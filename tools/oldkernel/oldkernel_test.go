@@ -20,8 +20,9 @@ const deadline = 2 * time.Minute
 // machine is a host with an old kernel and what is run on it.
 type machine struct {
 	*Host
-	t   *testing.T
-	ctx context.Context
+	t     *testing.T
+	ctx   context.Context
+	table []string // lines of what was seen
 }
 
 func (m *machine) run(format string, args ...any) Reply {
@@ -121,7 +122,10 @@ func TestLinux61(t *testing.T) {
 	m.startVM()
 	m.checkpoints()
 	m.restore()
+	m.comparePage()
 }
+
+const bpfless = "unsupported: bpf cow: load: not in this kernel: programs are not attached before Linux 6.6: not supported"
 
 // doctor checks what is said about this kernel, word for word.
 func (m *machine) doctor(kernel string) {
@@ -148,6 +152,10 @@ func (m *machine) doctor(kernel string) {
 		"signal disk":           "not in this kernel: programs are not attached before Linux 6.6: not supported",
 		"signal sock":           "not in this kernel: programs are not attached before Linux 6.6: not supported",
 		"signal vcpu":           "not in this kernel: programs are not attached before Linux 6.6: not supported",
+		"capture in the kernel, kvm, anonymous RAM": "the subject did not begin: EOF",
+		"capture in the kernel, kvm, shared RAM":    "the subject did not begin: EOF",
+		"capture in the kernel, tcg, anonymous RAM": bpfless,
+		"capture in the kernel, tcg, shared RAM":    bpfless,
 	}, gaps); d != "" {
 		m.t.Errorf("gaps (-want +got):\n%s", d)
 	}
@@ -162,6 +170,7 @@ func (m *machine) doctor(kernel string) {
 	}, r.Engines); d != "" {
 		m.t.Errorf("engines (-want +got):\n%s", d)
 	}
+	m.noteGaps(&r)
 	if c := r.Find("kernel", "missing faults"); c == nil || c.Status != doctor.OK {
 		m.t.Errorf("lazy restores: %+v", c)
 	}
@@ -206,6 +215,8 @@ func (m *machine) checkpoints() {
 	m.verb(3, &refused, "checkpoint --mode cow --store /w/store "+pid)
 	if e := refused.Error; e.Code != "refused" || !strings.Contains(e.Message, lacks) || !strings.Contains(e.Hint, "mode buffer or stop") {
 		m.t.Errorf("mode cow: %+v", e)
+	} else {
+		m.note("`checkpoint --mode cow`", "refused (3)", lacks+": "+e.Hint)
 	}
 	if r := m.run("ls /w/store/vms"); r.Code == 0 && r.Out != "" {
 		m.t.Errorf("a refused checkpoint left %s", r.Out)
@@ -216,6 +227,11 @@ func (m *machine) checkpoints() {
 		m.verb(0, &got, "checkpoint "+c.flag+"--store /w/store "+pid)
 		if got.Mode != c.mode || got.Engine != "none" || got.Reason != c.reason || got.VM != "inner" || fmt.Sprint(got.QEMUPID) != pid || got.PauseNS <= 0 {
 			m.t.Errorf("checkpoint %s: %+v", c.flag, got)
+		}
+		if c.flag == "" {
+			m.note("`checkpoint`", "works, in mode "+got.Mode, got.Reason)
+		} else {
+			m.note("`checkpoint "+strings.TrimSpace(c.flag)+"`", "works", "")
 		}
 		// 4096 pages of working set and little else: nothing is missing, and
 		// what the guest never used is not stored.
@@ -255,6 +271,7 @@ func (m *machine) restore() {
 	if !got.Lazy || got.LazyBytes < 48<<20 || got.Faults == 0 || got.Running <= 0 || got.Drained <= got.Running {
 		m.t.Errorf("restore: %+v", got)
 	}
+	m.note("`restore`, lazily", "works", "")
 	m.t.Logf("restored: running after %v, drained after %v, %d faults", time.Duration(got.Running), time.Duration(got.Drained), got.Faults)
 	m.run("echo %d >/w/pid", got.QEMUPID)
 	first, _ := m.await(from, func(r vmtest.Report) bool { return r.Writes > 0 })
