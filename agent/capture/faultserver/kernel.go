@@ -286,7 +286,8 @@ func (e *kernelEngine) judge() {
 		return
 	}
 	first := missing.Escaped[0]
-	missing.Detail = fmt.Sprintf("%d pages (block %d, page %d, ...) were written or discarded and no program saw by whom", count, first.Block, first.Page)
+	missing.Detail = fmt.Sprintf("%d pages (block %d, page %d, ...) were written or discarded and no program saw by whom (of what they saw, %d were not mapped, %d without a mark)",
+		count, first.Block, first.Page, l.Absent, l.Unmarked)
 	if count > MaxEscaped {
 		missing.Escaped = nil
 	}
