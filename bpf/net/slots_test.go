@@ -212,7 +212,7 @@ func TestIdle(t *testing.T) {
 	if x.Slots == 0 || x.Slots > 3 || x.FalseSlots > 1 || x.IdleSince == 0 || x.Requests != 0 {
 		t.Errorf("%+v", x)
 	}
-	if x.LastIn == 0 || x.LastOut < x.LastIn || x.IdleSince < x.LastOut {
+	if x.LastIn == 0 || x.LastOut == 0 || x.IdleSince < max(x.LastIn, x.LastOut) {
 		t.Errorf("last in %v, out %v, idle since %v", x.LastIn, x.LastOut, x.IdleSince)
 	}
 }
