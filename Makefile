@@ -16,6 +16,8 @@ build: deps
 # The policies go to where alone they are run from.
 install: build
 	install -D -m 0755 bin/ckagent $(DESTDIR)$(PREFIX)/bin/ckagent
+	install -D -m 0644 tools/install/ckagent.service $(DESTDIR)$(PREFIX)/lib/systemd/system/ckagent.service
+	install -D -m 0644 docs/daemon.md $(DESTDIR)$(PREFIX)/share/doc/ckagent/daemon.md
 	bin/ckagent policy install bin/ckagent-policy-* --policy-dir $(DESTDIR)$(PREFIX)/lib/ckagent/policies
 
 demo: build

@@ -40,6 +40,8 @@ type VM struct {
 	// machine and qemu are as the last look at the machine found them.
 	machine image.Machine
 	qemu    image.QEMU
+
+	witness *witness
 }
 
 // Attach takes hold of the VM that runs as process pid. It changes nothing, but takes
@@ -56,6 +58,7 @@ func Attach(ctx context.Context, pid int, o Options) (*VM, error) {
 		return nil, errors.Join(err, proc.Close())
 	}
 	v := &VM{opts: o, pid: pid, lock: lock, proc: proc}
+	v.witness = &witness{v: v}
 	if err := v.open(ctx); err != nil {
 		return nil, errors.Join(v.proc.Explain(err), v.Close())
 	}
@@ -89,6 +92,7 @@ func (v *VM) open(ctx context.Context) error {
 	if v.target != nil {
 		return nil
 	}
+	v.witness.pause() // it may have the monitor
 	t, err := vm.Open(ctx, v.pid, vm.Options{QMP: v.opts.QMP})
 	if err != nil {
 		return err
@@ -100,7 +104,18 @@ func (v *VM) open(ctx context.Context) error {
 		return errors.Join(err, t.Close())
 	}
 	v.target = t
+	v.witness.follow(t.QMP)
 	return nil
+}
+
+// NameOf is the name that the VM of a process is protected by, if asked for as given.
+func NameOf(pid int, asked string) (string, error) {
+	p, err := vm.OpenProcess(pid)
+	if err != nil {
+		return "", err
+	}
+	name, err := chooseName(asked, p.GivenName(), pid)
+	return name, errors.Join(err, p.Close())
 }
 
 // look refuses what cannot be protected, and learns the rest.
@@ -180,7 +195,9 @@ func (v *VM) Rest() error {
 	if t == nil {
 		return nil
 	}
-	return t.Close()
+	err := t.Close()
+	v.witness.resume()
+	return err
 }
 
 // Ended is closed when the QEMU process has ended.
@@ -188,5 +205,7 @@ func (v *VM) Ended() <-chan struct{} { return v.proc.Done() }
 
 // Close lets go of the VM.
 func (v *VM) Close() error {
-	return errors.Join(v.Rest(), v.lock.Close(), v.proc.Close())
+	err := v.Rest()
+	v.witness.end()
+	return errors.Join(err, v.lock.Close(), v.proc.Close())
 }

@@ -10,6 +10,7 @@ import (
 	"github.com/ckagent/ckagent/agent/api"
 	"github.com/ckagent/ckagent/agent/api/apipb"
 	"github.com/ckagent/ckagent/agent/capture"
+	"github.com/ckagent/ckagent/agent/controller"
 	"github.com/ckagent/ckagent/agent/problem"
 	"github.com/ckagent/ckagent/plugins"
 )
@@ -25,9 +26,20 @@ type Control struct {
 func NewControl(vms func() []*Protector) *Control { return &Control{vms: vms} }
 
 // Is reports whether a VM is meant by a reference: its name, vm:NAME, or a pid.
-func (p *Protector) Is(ref string) bool {
-	name, _ := strings.CutPrefix(ref, "vm:")
-	return name == p.v.Name || ref == strconv.Itoa(p.v.pid)
+func (p *Protector) Is(ref string) bool { return Names(ref, p.v.Name, p.v.pid) }
+
+// PID is the VM's process.
+func (p *Protector) PID() int { return p.v.pid }
+
+// Names reports whether a reference means the VM of this name and pid.
+func Names(ref, name string, pid int) bool {
+	own, _ := strings.CutPrefix(ref, "vm:")
+	return own == name || ref == strconv.Itoa(pid)
+}
+
+// PolicyReply is the answer to who set a policy.
+func (p *Protector) PolicyReply(v plugins.Verdict) *apipb.SetPolicyReply {
+	return &apipb.SetPolicyReply{Policy: policyStatus(p.p.Slot.Status()), Decision: decisionStatus(v, time.Now())}
 }
 
 // find is the VM that is meant; an empty reference means the only one.
@@ -101,8 +113,10 @@ func (c *Control) Checkpoint(r *apipb.CheckpointRequest, stream apipb.Agent_Chec
 				return api.ToStatus(e.err)
 			}
 			m := e.res.Manifest
-			return stream.Send(&apipb.CheckpointEvent{Taken: &apipb.Checkpoint{Id: m.ID, Vm: m.VM, Mode: m.Mode, Engine: m.Engine,
-				PauseNs: m.Stats.PauseNS, TotalNs: m.Stats.TotalNS, StoredBytes: m.Stats.StoredBytes}})
+			return stream.Send(&apipb.CheckpointEvent{Taken: &apipb.Checkpoint{Id: m.ID, Vm: m.VM, QemuPid: int32(e.res.PID), Mode: m.Mode,
+				Engine: m.Engine, Parent: m.Parent, RamBytes: m.Stats.RAMBytes, PageBytes: m.Blocks[0].PageBytes, Pages: m.Stats.Pages,
+				ZeroPages: m.Stats.ZeroPages, CapturedPages: m.Stats.CapturedPages, StoredBytes: m.Stats.StoredBytes,
+				PauseNs: m.Stats.PauseNS, ArmNs: m.Stats.ArmNS, DeviceStateNs: m.Stats.DeviceStateNS, TotalNs: m.Stats.TotalNS}})
 		}
 	}
 }
@@ -116,7 +130,7 @@ func (c *Control) SetPolicy(ctx context.Context, r *apipb.SetPolicyRequest) (*ap
 	if err != nil {
 		return nil, api.ToStatus(err)
 	}
-	return &apipb.SetPolicyReply{Policy: policyStatus(p.p.Slot.Status()), Decision: decisionStatus(v, time.Now())}, nil
+	return p.PolicyReply(v), nil
 }
 
 func (c *Control) Cancel(ctx context.Context, r *apipb.CancelRequest) (*apipb.CancelReply, error) {
@@ -151,7 +165,7 @@ func (p *Protector) Status() *apipb.VMStatus {
 	r := &p.record
 	s := &apipb.VMStatus{Vm: p.v.Name, QemuPid: int32(p.v.pid), State: p.state.String(), Policy: policyStatus(slot),
 		Decision: decisionStatus(p.verdict, p.made), LastCheckpoint: r.newest, SinceNs: r.since.UnixNano(),
-		Checkpoints: r.taken, Failures: r.failures, LastError: r.lastError}
+		Checkpoints: r.taken, Failures: r.failures, LastError: r.lastError, Ended: p.ending}
 	if !p.due.IsZero() {
 		s.NextAtNs = p.due.UnixNano()
 	}
@@ -159,6 +173,9 @@ func (p *Protector) Status() *apipb.VMStatus {
 		s.LastSuccessNs, s.RpoNs = r.success.UnixNano(), int64(now.Sub(r.success))
 		// One that is being taken or tried again counts as late after another interval.
 		s.Protected = !p.state.Final() && now.Sub(r.success) < 2*max(p.interval, lateAfter)
+	}
+	if w := p.v.witness; w.wanted && p.state == controller.Idle && !w.hearing.Load() {
+		s.Degraded = append(s.Degraded, "nobody listens for the VM's end: its monitor is in other hands, and what is not heard is not restored")
 	}
 	if slot.Trouble != nil {
 		s.Degraded = append(s.Degraded, "policy: "+slot.Trouble.Error())

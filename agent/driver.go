@@ -6,6 +6,7 @@ import (
 	"sync"
 	"time"
 
+	"github.com/ckagent/ckagent/agent/api/apipb"
 	"github.com/ckagent/ckagent/agent/capture"
 	"github.com/ckagent/ckagent/agent/controller"
 	"github.com/ckagent/ckagent/agent/problem"
@@ -22,8 +23,7 @@ type driver struct {
 	ctx    context.Context      // of the workers; ends with over
 	over   context.CancelFunc
 	wg     sync.WaitGroup
-	turn   *turn  // queued or under way; nil: none
-	order  uint64 // the operator's who waits for it; 0: nobody does
+	turn   *turn // queued or under way; nil: none
 	before *policy.Decision
 
 	stopping bool
@@ -45,7 +45,8 @@ type turn struct {
 func newDriver(ctx context.Context, p *Protector) *driver {
 	d := &driver{Protector: p}
 	d.ctx, d.over = context.WithCancel(context.WithoutCancel(ctx))
-	d.m, d.out = controller.New(controller.Config{MinInterval: MinInterval, PreparedLimit: preparedLimit, HeldLimit: heldLimit}, time.Now())
+	d.m, d.out = controller.New(controller.Config{MinInterval: MinInterval, PreparedLimit: preparedLimit, HeldLimit: heldLimit,
+		OnDeath: p.p.OnDeath, Proven: p.p.Proven, Revivals: revivals}, time.Now())
 	return d
 }
 
@@ -84,14 +85,12 @@ func (d *driver) run(ctx context.Context) error {
 			e = controller.Stopping{}
 		case <-died:
 			died = nil
-			e = controller.Died{How: controller.Unknown}
+			d.wg.Go(d.examine)
+			continue
 		case <-d.p.Slot.Changes():
 			e = controller.PolicyChanged{}
 		case <-wake:
 			e = controller.Tick{}
-		}
-		if o, ordered := e.(controller.Ordered); ordered && d.order == 0 {
-			d.order = o.Order
 		}
 		d.out = d.m.Step(time.Now(), e)
 	}
@@ -106,8 +105,10 @@ func (d *driver) result(ctx context.Context) error {
 		return errors.Join(ctx.Err(), d.missed)
 	case controller.Hopeless:
 		return d.missed
+	case controller.BroughtBack:
+		return nil
 	default:
-		return problem.New(problem.NotFound, "protect", "VM "+d.v.Name, "its QEMU process has ended").
+		return problem.New(problem.NotFound, "protect", "VM "+d.v.Name, "its QEMU process has ended: %s", d.Ending().GetDetail()).
 			WithHint("ckagent restore %s brings its last checkpoint back", d.v.Name)
 	}
 }
@@ -131,7 +132,7 @@ func (d *driver) carryOut() {
 			d.turn.leave()
 			d.turn = nil
 		case controller.Take:
-			t, o := d.turn, d.orderOf()
+			t, o := d.turn, d.Protector.order(c.Order)
 			ctx, cancel := context.WithCancel(t.ctx)
 			t.giveUp = cancel
 			before := d.before
@@ -149,7 +150,12 @@ func (d *driver) carryOut() {
 			d.why = c.Why
 		case controller.SuspendNow, controller.ResumeNow, controller.Say:
 			// Of members of groups alone, and nothing here sends what makes one.
-		case controller.Announce, controller.Revive: // of VMs that are to be restored
+		case controller.Announce:
+			if d.p.Died != nil {
+				d.p.Died(d.Ending())
+			}
+		case controller.Revive:
+			d.wg.Go(d.revive)
 		}
 	}
 	d.out = nil
@@ -190,6 +196,36 @@ func eventOf(d *policy.Decision, now time.Time) controller.Decided {
 	return e
 }
 
+// revivals are the waits before the tries to bring a crashed VM back that follow the first.
+var revivals = []time.Duration{time.Second, 10 * time.Second, time.Minute}
+
+// examine finds out how the VM ended.
+func (d *driver) examine() {
+	how, detail := d.v.autopsy(d.ctx)
+	d.mu.Lock()
+	d.ending = &apipb.Ending{How: how.String(), Detail: detail, AtNs: time.Now().UnixNano()}
+	d.mu.Unlock()
+	d.send(nil, controller.Died{How: how})
+}
+
+// revive brings the VM back.
+func (d *driver) revive() {
+	err := d.v.lock.Close() // whoever restores has to see that nobody works on the dead one
+	pid := 0
+	if err == nil {
+		pid, err = d.p.Revive(d.ctx)
+	}
+	if err != nil {
+		d.p.Failed(problem.New(problem.CodeOf(err), "restore", "VM "+d.v.Name, "%w", err))
+		d.send(nil, controller.Restored{OK: false})
+		return
+	}
+	d.mu.Lock()
+	d.heir = pid
+	d.mu.Unlock()
+	d.send(nil, controller.Restored{OK: true})
+}
+
 // enqueue waits for a turn, and holds it until it is given back.
 func (d *driver) enqueue() {
 	t := &turn{}
@@ -211,14 +247,6 @@ func (d *driver) enqueue() {
 		d.send(t, controller.Admitted{})
 		<-t.ctx.Done()
 	})
-}
-
-// orderOf is the order that waits for the turn; nil: nobody does.
-func (d *driver) orderOf() *order {
-	if d.order == 0 {
-		return nil
-	}
-	return d.Protector.order(d.order)
 }
 
 // steps are what progress means for the controller.
@@ -286,9 +314,6 @@ func (d *driver) retain(t *turn, keep int) {
 
 func (d *driver) answer(c controller.Answer) {
 	o := d.Protector.order(c.Order)
-	if c.Order == d.order {
-		d.order = 0
-	}
 	if o == nil {
 		return
 	}
@@ -303,7 +328,7 @@ func (d *driver) answer(c controller.Answer) {
 		}
 		o.answer <- answer{nil, err}
 	case controller.Occupied:
-		o.answer <- answer{nil, problem.New(problem.Busy, "checkpoint", object, "one is being taken")}
+		o.answer <- answer{nil, problem.New(problem.Busy, "checkpoint", object, "one is being taken, and another was ordered")}
 	case controller.Over:
 		o.answer <- answer{nil, d.ended("checkpoint")}
 	}

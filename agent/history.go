@@ -67,6 +67,9 @@ func (p *Protector) signals() *policy.Signals {
 		Capabilities: p.capabilities(),
 		Last:         p.verdict.Decision,
 	}
+	if p.p.Measure != nil {
+		p.p.Measure(s)
+	}
 	if !r.success.IsZero() {
 		s.LastSuccessNs = r.success.UnixNano()
 	}

@@ -6,12 +6,14 @@ import (
 	"sync"
 	"time"
 
+	"github.com/ckagent/ckagent/agent/api/apipb"
 	"github.com/ckagent/ckagent/agent/capture"
 	"github.com/ckagent/ckagent/agent/controller"
 	"github.com/ckagent/ckagent/agent/image"
 	"github.com/ckagent/ckagent/agent/problem"
 	"github.com/ckagent/ckagent/agent/store"
 	"github.com/ckagent/ckagent/plugins"
+	"github.com/ckagent/ckagent/plugins/policy"
 )
 
 // MinInterval is the least time between two attempts, whatever a policy says.
@@ -33,7 +35,17 @@ type Protection struct {
 	Capture      capture.Options
 	Compressions []string
 	// Enter waits for a turn on this host, which leave gives back; nil: there is always one.
-	Enter func(ctx context.Context) (leave func(), err error)
+	Enter   func(ctx context.Context) (leave func(), err error)
+	OnDeath controller.OnDeath
+	// Proven: the VM has had a checkpoint under an earlier protection, so that a refusal
+	// is of a passing state.
+	Proven bool
+	// Measure adds what is known of the VM from outside to the signals; nil: nothing is.
+	Measure func(*policy.Signals)
+	// Died is told how the VM ended, unless OnDeath is Nothing. Revive brings a crashed
+	// VM back and returns its new process; it is needed for OnDeath Restore.
+	Died   func(*apipb.Ending)
+	Revive func(ctx context.Context) (pid int, err error)
 	// Taken is told about each checkpoint, Failed about each that did not succeed
 	// and will be tried again, Decided about each decision that is not the one
 	// before it.
@@ -64,8 +76,10 @@ type Protector struct {
 	made     time.Time // the verdict
 	interval time.Duration
 	state    controller.State
-	due      time.Time // the checkpoint; zero: none until asked again
-	number   uint64    // of the last order
+	due      time.Time     // the checkpoint; zero: none until asked again
+	ending   *apipb.Ending // how the VM ended; nil: it has not
+	heir     int           // the process it was brought back as; 0: it was not
+	number   uint64        // of the last order
 	orders   map[uint64]*order
 }
 
@@ -91,6 +105,7 @@ type answer struct {
 // then on.
 func (v *VM) Protect(st *store.Store, p Protection) *Protector {
 	gentlest, _, _ := capture.Choose(context.Background(), v.target, capture.Options{})
+	v.witness.wanted = p.OnDeath == controller.Restore
 	return &Protector{v: v, st: st, p: p, machine: v.machine, gentlest: gentlest, inbox: make(chan note, 64),
 		done: make(chan struct{}), orders: map[uint64]*order{}, record: record{since: time.Now()}}
 }
@@ -124,7 +139,8 @@ func (p *Protector) ended(op string) error {
 	return problem.New(problem.NotFound, op, "VM "+p.v.Name, "its protection has ended")
 }
 
-// Checkpoint takes one now. problem.Busy while another is being taken.
+// Checkpoint takes one now, or after the one that is being taken. problem.Busy if somebody
+// waits for that already.
 func (p *Protector) Checkpoint(ctx context.Context, progress func(capture.Event)) (*capture.Result, error) {
 	const op = "checkpoint"
 	o := &order{progress: progress, answer: make(chan answer, 1)}
@@ -190,6 +206,20 @@ func (p *Protector) Detach(ctx context.Context) error {
 	case <-ctx.Done():
 		return ctx.Err()
 	}
+}
+
+// Ending is how the VM ended; nil while it has not.
+func (p *Protector) Ending() *apipb.Ending {
+	p.mu.Lock()
+	defer p.mu.Unlock()
+	return p.ending
+}
+
+// Successor is the process that the VM was brought back as; 0: none.
+func (p *Protector) Successor() int {
+	p.mu.Lock()
+	defer p.mu.Unlock()
+	return p.heir
 }
 
 // retainTimeout is how long the store may keep us from ending.

@@ -31,8 +31,10 @@ type Options struct {
 	DiskDir    string            // where the guest's disks are made; a new directory below DiskRoot if empty
 	// FlattenDisks makes the disks independent of the store once the guest runs.
 	FlattenDisks bool
-	StartWithin  time.Duration // for QEMU to come up; 60 s
-	LoadWithin   time.Duration // for the device state; 60 s
+	// rehearsal: the clone is not to outlive whoever made it.
+	rehearsal   bool
+	StartWithin time.Duration // for QEMU to come up; 60 s
+	LoadWithin  time.Duration // for the device state; 60 s
 
 	BytesPerSecond uint64 // of the background drain; 0: unlimited
 

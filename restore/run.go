@@ -211,7 +211,7 @@ func (x *run) prepare(ctx context.Context) (err error) {
 	if err != nil {
 		return problem.New(problem.Failed, "read start time", "", "%w", err)
 	}
-	x.dir.state = state{Checkpoint: x.m.ID, VM: x.m.VM, Name: p.Name, BootID: boot, Restorer: identity{os.Getpid(), self}}
+	x.dir.state = state{Checkpoint: x.m.ID, VM: x.m.VM, Name: p.Name, BootID: boot, Restorer: identity{os.Getpid(), self}, Rehearsal: x.o.rehearsal}
 	if x.dir.state.Disks, x.dir.state.DiskDir, err = x.disksToMake(); err != nil {
 		return err
 	}

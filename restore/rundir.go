@@ -34,6 +34,8 @@ type state struct {
 	// them. Once the guest may have run they are its own, and nobody removes them.
 	Disks   []string `json:"disks,omitempty"`
 	DiskDir string   `json:"disk_dir,omitempty"`
+	// Rehearsal: nobody misses the VM, nor its disks.
+	Rehearsal bool `json:"rehearsal,omitempty"`
 }
 
 // removeDisks takes away what was made for a guest that certainly never ran.
@@ -221,12 +223,15 @@ func Sweep(root string) (int, error) {
 				s.QEMU.end()
 				s.Guest = stageHeld // for certain, as it stays ended
 			}
+			if s.Rehearsal && s.QEMU.alive() && !s.Restorer.alive() {
+				s.QEMU.end()
+			}
 			if s.QEMU.alive() || s.Restorer.alive() && s.QEMU.PID == 0 {
 				continue
 			}
 		}
 		cgroup.Remove(groupName(s.QEMU.PID)) // fails while a process is in it
-		if s.Guest == "" || s.Guest == stageHeld {
+		if s.Guest == "" || s.Guest == stageHeld || s.Rehearsal {
 			s.removeDisks()
 		}
 		if err := os.RemoveAll(dir); err != nil {

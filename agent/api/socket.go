@@ -2,6 +2,7 @@ package api
 
 import (
 	"context"
+	"crypto/tls"
 	"errors"
 	"fmt"
 	"net"
@@ -13,6 +14,7 @@ import (
 
 	"golang.org/x/sys/unix"
 	"google.golang.org/grpc"
+	"google.golang.org/grpc/credentials"
 	"google.golang.org/grpc/credentials/insecure"
 
 	"github.com/ckagent/ckagent/agent/problem"
@@ -21,6 +23,13 @@ import (
 
 // AttachDir is where running attaches have their sockets.
 const AttachDir = "/run/ckagent/attach"
+
+// DaemonSocket is where the daemon answers, ReadSocket where it answers those who may
+// only look.
+const (
+	DaemonSocket = "/run/ckagent/daemon.sock"
+	ReadSocket   = "/run/ckagent/read.sock"
+)
 
 // MaxMessageBytes bounds what either side accepts.
 const MaxMessageBytes = 4 << 20
@@ -117,7 +126,17 @@ func Dial(ctx context.Context, path string) (*grpc.ClientConn, error) {
 	return conn, nil
 }
 
+// DialTLS connects to a daemon's TCP listener, by mutual TLS.
+func DialTLS(address string, cfg *tls.Config) (*grpc.ClientConn, error) {
+	conn, err := grpc.NewClient("dns:///"+address, grpc.WithTransportCredentials(credentials.NewTLS(cfg)),
+		grpc.WithDefaultCallOptions(grpc.MaxCallRecvMsgSize(MaxMessageBytes)))
+	if err != nil {
+		return nil, problem.New(problem.NoDaemon, "connect to", address, "%w", err)
+	}
+	return conn, nil
+}
+
 // NewServer is a gRPC server with the limits of this package.
-func NewServer() *grpc.Server {
-	return grpc.NewServer(grpc.MaxRecvMsgSize(MaxMessageBytes), grpc.MaxConcurrentStreams(64))
+func NewServer(more ...grpc.ServerOption) *grpc.Server {
+	return grpc.NewServer(append(more, grpc.MaxRecvMsgSize(MaxMessageBytes), grpc.MaxConcurrentStreams(64))...)
 }

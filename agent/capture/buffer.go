@@ -3,6 +3,7 @@ package capture
 import (
 	"bufio"
 	"context"
+	"errors"
 	"fmt"
 	"os"
 	"strings"
@@ -138,7 +139,7 @@ func (b *pageBuffer) fill(ctx context.Context, src *source.Source, written *Writ
 }
 
 // write hands the buffered pages to the image.
-func (b *pageBuffer) write(ctx context.Context, w *image.Writer) error {
+func (b *pageBuffer) write(ctx context.Context, w *image.Writer, pace func(context.Context, int, bool) error) error {
 	const step = 1 << 20
 	for _, r := range b.runs {
 		if r.offset == bufferedUnchanged {
@@ -155,7 +156,7 @@ func (b *pageBuffer) write(ctx context.Context, w *image.Writer) error {
 		}
 		data := b.mem[r.offset:][:r.pages*source.PageBytes]
 		for at := 0; at < len(data); at += step {
-			if err := ctx.Err(); err != nil {
+			if err := errors.Join(ctx.Err(), pace(ctx, min(step, len(data)-at), false)); err != nil {
 				return err
 			}
 			if err := w.WritePages(r.block, r.first+uint64(at/source.PageBytes), data[at:min(at+step, len(data))]); err != nil {

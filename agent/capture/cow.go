@@ -114,7 +114,7 @@ func (c *cow) prearm(ctx context.Context, s *session) error {
 func (c *cow) finish(ctx context.Context, s *session) error {
 	ctx, cancel := context.WithCancel(ctx)
 	defer cancel()
-	c.d = &drainer{w: s.writer, vcpus: affinity.Of(s.vcpus())}
+	c.d = &drainer{w: s.writer, vcpus: affinity.Of(s.vcpus()), pace: s.o.pace}
 	drained := make(chan error, 1)
 	go func() { // joined below
 		err := c.d.run(ctx, c.srv.Arena())

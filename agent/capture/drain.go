@@ -18,6 +18,7 @@ import (
 type drainer struct {
 	w     *image.Writer
 	vcpus affinity.VCPUs // to stay away from
+	pace  func(ctx context.Context, bytes int, urgent bool) error
 
 	mu  sync.Mutex
 	hot image.HotRuns // what the guest wrote first, in that order
@@ -53,6 +54,10 @@ func (d *drainer) ring(ctx context.Context, r *arena.Ring) error {
 		}
 		if rec.Origin == arena.ByFault {
 			d.noteHot(rec)
+		}
+		// Behind a full ring of faults a guest waits; behind the scanner's nobody does.
+		if err := d.pace(ctx, len(rec.Data), rec.Origin == arena.ByFault); err != nil {
+			return err
 		}
 		if rec.Data == nil {
 			err = d.w.WriteZero(rec.Block, rec.First, rec.Pages)

@@ -103,6 +103,10 @@ type Options struct {
 	// again, or if the attempt fails; an error of either gives the attempt up.
 	Quiesce func(ctx context.Context) (undo func() error, err error)
 
+	// Pace, if not nil, is asked before bytes are written to the store and returns when
+	// they may be. What is urgent, since a guest waits behind it, is only counted.
+	Pace func(ctx context.Context, bytes int, urgent bool) error
+
 	// Progress, if not nil, is told about each step, from the caller's goroutine.
 	Progress func(Event)
 }
@@ -183,6 +187,13 @@ func (o Options) withDefaults() (Options, error) {
 		return o, usage("capture memory of %d bytes: want %d to %d", o.ArenaBytes, minArena, maxArena)
 	}
 	return o, nil
+}
+
+func (o *Options) pace(ctx context.Context, bytes int, urgent bool) error {
+	if o.Pace == nil {
+		return nil
+	}
+	return o.Pace(ctx, bytes, urgent)
 }
 
 func (o *Options) tell(step string, took time.Duration, format string, args ...any) {

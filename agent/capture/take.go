@@ -293,7 +293,7 @@ func (s *session) capture(ctx context.Context) (hot image.HotRuns, err error) {
 			}
 			return buf.fill(ctx, s.src, written)
 		}
-		after = func(ctx context.Context) error { return buf.write(ctx, s.writer) }
+		after = func(ctx context.Context) error { return buf.write(ctx, s.writer, s.o.pace) }
 	default:
 		d := &direct{}
 		defer d.join()

@@ -16,7 +16,11 @@ type (
 	// Take begins a checkpoint. It is answered by Armed, Stopped, Resumed and at last
 	// by Taken or Failed. If it is Timed it waits, armed, for SuspendNow, and then,
 	// stopped (Fixed), for ResumeNow.
-	Take struct{ Timed bool }
+	// Order is who waits for it; 0: nobody.
+	Take struct {
+		Timed bool
+		Order uint64
+	}
 	// SuspendNow and ResumeNow are for a timed one.
 	SuspendNow struct{}
 	ResumeNow  struct{}
@@ -70,7 +74,7 @@ type Outcome uint8
 const (
 	Exists   Outcome = iota // it was taken
 	Missed                  // it was not; the error is the attempt's
-	Occupied                // another one is under way or waits for its turn
+	Occupied                // one is under way, and another order waits already
 	Over                    // the protection has ended
 )
 

@@ -21,6 +21,7 @@ func (m *Machine) died(how Death) {
 
 // bury does what is to be done about a VM that has ended.
 func (m *Machine) bury() {
+	m.dismiss()
 	if m.cfg.OnDeath != Nothing {
 		m.do(Announce{m.how})
 	}

@@ -52,6 +52,8 @@ func (m *Machine) ordered(order uint64) {
 	switch {
 	case m.leaving || m.dead:
 		m.do(Answer{order, Over})
+	case m.state != Idle && m.next == 0 && !(m.state == Queued && m.order == 0 && m.group == 0):
+		m.next = order
 	case m.state == Idle:
 		m.order = order
 		m.enqueue()

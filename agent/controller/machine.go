@@ -39,6 +39,8 @@ type Machine struct {
 	// order is who waits for the checkpoint that is queued or under way; 0: nobody.
 	// Each order is answered exactly once.
 	order uint64
+	// next is an order that waits until what is queued or under way is over; 0: none.
+	next uint64
 	// group is whose member the checkpoint is; 0: none's.
 	group uint64
 	// at is the group's time in SuspendAt and ResumeAt; limit is when a member that

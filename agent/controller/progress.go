@@ -8,7 +8,7 @@ func (m *Machine) progress(now time.Time, e Event) {
 	case Admitted:
 		if m.state == Queued {
 			m.state, m.attempted = Arming, now
-			m.do(Take{Timed: m.group != 0})
+			m.do(Take{Timed: m.group != 0, Order: m.order})
 		}
 	case Armed:
 		if m.state == Arming && m.group != 0 {
@@ -116,6 +116,9 @@ func (m *Machine) settle() {
 		m.end(Ended)
 	case m.dead:
 		m.bury()
+	case m.next != 0:
+		m.order, m.next = m.next, 0
+		m.enqueue()
 	default:
 		m.ask()
 	}
@@ -124,8 +127,17 @@ func (m *Machine) settle() {
 // end lets the VM go.
 func (m *Machine) end(final State) {
 	m.state = final
+	m.dismiss()
 	m.due, m.askAt, m.reviveAt = time.Time{}, time.Time{}, time.Time{}
 	m.do(LetGo{m.reason})
+}
+
+// dismiss answers who waits for what will not come.
+func (m *Machine) dismiss() {
+	if m.next != 0 {
+		m.do(Answer{m.next, Over})
+		m.next = 0
+	}
 }
 
 // say tells the group where its member stands.

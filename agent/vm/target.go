@@ -83,7 +83,7 @@ func openTarget(ctx context.Context, p *Process, o Options) (*Target, error) {
 			return nil, problem.New(problem.Refused, "read command line", p.String(), "%w", err)
 		}
 	}
-	if t.QMP, t.Endpoint, err = connect(ctx, p, o); err != nil {
+	if t.QMP, t.Endpoint, err = Connect(ctx, p, o); err != nil {
 		return nil, err
 	}
 	if err := t.identify(ctx); err != nil {
@@ -93,9 +93,9 @@ func openTarget(ctx context.Context, p *Process, o Options) (*Target, error) {
 	return t, nil
 }
 
-// connect finds and opens the monitor. Of several endpoints the first that
+// Connect finds and opens a process's monitor. Of several endpoints the first that
 // answers is taken: a busy one is only reported when no other is free.
-func connect(ctx context.Context, p *Process, o Options) (*qmp.Client, qmp.Endpoint, error) {
+func Connect(ctx context.Context, p *Process, o Options) (*qmp.Client, qmp.Endpoint, error) {
 	var ends []qmp.Endpoint
 	if o.QMP != "" {
 		e, err := qmp.ParseEndpoint(o.QMP)

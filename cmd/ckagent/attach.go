@@ -12,6 +12,7 @@ import (
 	"github.com/ckagent/ckagent/agent/api"
 	"github.com/ckagent/ckagent/agent/api/apipb"
 	"github.com/ckagent/ckagent/agent/capture"
+	"github.com/ckagent/ckagent/agent/controller"
 	"github.com/ckagent/ckagent/agent/problem"
 	"github.com/ckagent/ckagent/agent/store"
 	"github.com/ckagent/ckagent/plugins"
@@ -25,28 +26,36 @@ type attachOptions struct {
 	policy    string
 	policyDir string
 	params    []string
+
+	foreground bool
+	onDeath    string
+	rehearse   time.Duration
 }
 
 func newAttachCommand(a *app) *cobra.Command {
 	var o attachOptions
 	c := &cobra.Command{
-		Use: "attach QEMU-PID", Short: "Protect a running VM in the foreground", Args: exactArgs(1, "the pid of a QEMU process"),
-		Long: "Protect a running VM in the foreground: take checkpoints when its policy wants them, until interrupted.\n" +
+		Use: "attach QEMU-PID", Short: "Protect a running VM", Args: exactArgs(1, "the pid of a QEMU process"),
+		Long: "Protect a running VM: take checkpoints when its policy wants them. Where a daemon runs it does so, and the\n" +
+			"command ends when the VM is protected; else, or with --foreground, the command does, until interrupted.\n" +
 			"An interrupt at any moment leaves the VM running and untouched. Without --policy it is the policy auto\n" +
 			"if that is installed, and with --interval alone a checkpoint at that interval.",
 		RunE: func(c *cobra.Command, args []string) error { return runAttach(c, a, &o, args[0]) },
 	}
 	o.add(c)
 	f := c.Flags()
-	f.DurationVar(&o.interval, "interval", 15*time.Minute, "time between two checkpoints; with --policy, while that does not serve")
+	f.DurationVar(&o.interval, "interval", agent.DefaultInterval, "time between two checkpoints; with --policy, while that does not serve")
 	f.BoolVar(&o.once, "once", false, "take one checkpoint and end")
+	f.BoolVar(&o.foreground, "foreground", false, "protect it by this command even where a daemon runs")
 	f.StringVar(&o.policy, "policy", "", "an installed policy, by name or path (default: "+shipped.Default+" where it is installed)")
 	f.StringVar(&o.policyDir, "policy-dir", "", policyDirHelp)
+	f.StringVar(&o.onDeath, "on-death", "", "when the VM crashes: notify (default), restore or none; restore needs the daemon")
+	f.DurationVar(&o.rehearse, "rehearse-every", 0, "time between two test restores, by the daemon")
 	paramFlag(c, &o.params)
 	return c
 }
 
-func runAttach(c *cobra.Command, a *app, o *attachOptions, arg string) (err error) {
+func runAttach(c *cobra.Command, a *app, o *attachOptions, arg string) error {
 	if o.once {
 		return runCheckpoint(c, a, &o.captureFlags, arg)
 	}
@@ -54,21 +63,67 @@ func runAttach(c *cobra.Command, a *app, o *attachOptions, arg string) (err erro
 	if err != nil {
 		return err
 	}
-	if o.interval < agent.MinInterval {
-		return usageError("--interval %v: want at least %v", o.interval, agent.MinInterval)
-	}
 	params, err := parseParams(o.params)
 	if err != nil {
 		return err
 	}
-	if len(params) > 0 && o.policy == "" {
-		return usageError("--param is for --policy")
+	s := o.spec(c)
+	s.Policy, s.Params, s.OnDeath, s.RehearseEveryNs = o.policy, params, o.onDeath, int64(o.rehearse)
+	if c.Flags().Changed("interval") {
+		if o.interval == 0 {
+			return usageError("--interval 0: want at least %v", agent.MinInterval)
+		}
+		s.IntervalNs = int64(o.interval)
 	}
-	co, err := o.options(a)
-	if err != nil {
+	if _, _, err := agent.Planned(s); err != nil {
 		return err
 	}
-	ao, err := o.attach()
+	if o.foreground {
+		return a.attachHere(c, o, s, pid)
+	}
+	d, err := a.daemon(c.Context())
+	if err == nil {
+		return errors.Join(a.handOver(c.Context(), d, s, pid), d.conn.Close())
+	}
+	if a.asked() != "" || !problem.Is(err, problem.NoDaemon) {
+		return err
+	}
+	return a.attachHere(c, o, s, pid)
+}
+
+// handOver has the daemon protect a VM.
+func (a *app) handOver(ctx context.Context, d *protector, s *apipb.Spec, pid int) error {
+	stream, err := d.Attach(ctx, &apipb.AttachRequest{QemuPid: int32(pid), Spec: s})
+	if err != nil {
+		return api.FromStatus("attach", err)
+	}
+	for {
+		e, err := stream.Recv()
+		if err != nil {
+			return api.FromStatus("attach", err)
+		}
+		a.log.Debug(e.GetStep(), "qemu_pid", pid)
+		p := e.GetProtected()
+		if p == nil {
+			continue
+		}
+		if a.json {
+			v := viewStatus(p)
+			v.Schema = schema("attach")
+			a.print("attach", v)
+			return nil
+		}
+		fmt.Fprintf(a.out, "VM %s (pid %d) is protected by the daemon, policy %s\n", p.GetVm(), pid, p.GetPolicy().GetName())
+		return nil
+	}
+}
+
+// attachHere protects a VM by this process.
+func (a *app) attachHere(c *cobra.Command, o *attachOptions, s *apipb.Spec, pid int) (err error) {
+	if s.GetOnDeath() == controller.Restore.String() || s.GetRehearseEveryNs() != 0 {
+		return problem.New(problem.NoDaemon, "attach", fmt.Sprintf("pid %d", pid), "--on-death restore and --rehearse-every are the daemon's").WithHint("start one: ckagent daemon")
+	}
+	ao, p, err := a.plan(s)
 	if err != nil {
 		return err
 	}
@@ -88,18 +143,13 @@ func runAttach(c *cobra.Command, a *app, o *attachOptions, arg string) (err erro
 		return err
 	}
 	defer func() { err = errors.Join(err, v.Close()) }()
-	p := agent.Protection{
-		Slot: slot, KeepLast: o.keepLast, Capture: co,
-		Taken:   func(r *capture.Result) { a.printCheckpoint(r) },
-		Failed:  func(err error) { a.log.Error("checkpoint failed", "code", problem.CodeOf(err), "error", err) },
-		Decided: a.decided,
-	}
-	if !c.Flags().Changed("compress") {
-		p.Compressions = []string{"none", "s2", "zstd"}
-	}
+	p.Slot = slot
+	p.Taken = func(r *capture.Result) { a.printCheckpoint(r) }
+	p.Failed = func(err error) { a.log.Error("checkpoint failed", "code", problem.CodeOf(err), "error", err) }
+	p.Decided = a.decided
 	protector := v.Protect(st, p)
 	if name := o.wanted(c, registry); name != "" {
-		if _, err := protector.SetPolicy(c.Context(), name, params); err != nil {
+		if _, err := protector.SetPolicy(c.Context(), name, s.GetParams()); err != nil {
 			return err
 		}
 	}

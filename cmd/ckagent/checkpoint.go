@@ -3,13 +3,18 @@ package main
 import (
 	"errors"
 	"fmt"
+	"path/filepath"
 	"strconv"
 	"time"
 
 	"github.com/spf13/cobra"
+	"google.golang.org/protobuf/proto"
 
 	"github.com/ckagent/ckagent/agent"
+	"github.com/ckagent/ckagent/agent/api"
+	"github.com/ckagent/ckagent/agent/api/apipb"
 	"github.com/ckagent/ckagent/agent/capture"
+	"github.com/ckagent/ckagent/agent/problem"
 	"github.com/ckagent/ckagent/agent/store"
 )
 
@@ -70,43 +75,50 @@ func (f *captureFlags) add(c *cobra.Command) {
 	fl.DurationVar(&f.freezeTimeout, "freeze-timeout", 10*time.Second, "longest time they may be frozen")
 }
 
-// attach says how to attach, for these flags.
-func (f *captureFlags) attach() (agent.Options, error) {
-	o := agent.Options{Name: f.name, QMP: f.qmp, LeaveDisksOut: f.disks == string(capture.DisksNone), Overlays: f.disks == string(capture.DisksOverlay),
-		Hooks: agent.Hooks{Pre: f.preHook, Post: f.postHook, Timeout: f.hookTimeout}}
-	if f.hookTimeout < time.Second {
-		return o, usageError("--hook-timeout %v: want at least 1s", f.hookTimeout)
+// spec is what the flags say, of which what was not given is the default's.
+func (f *captureFlags) spec(c *cobra.Command) *apipb.Spec {
+	given := c.Flags().Changed
+	s := &apipb.Spec{Direct: f.direct, Parent: f.parent, FullEvery: proto.Int32(int32(f.fullEvery)), Dedup: f.dedup, Tenant: f.tenant,
+		Name: f.name, Qmp: f.qmp, Mode: f.mode, Engine: f.engine, MaxStallNs: int64(f.maxStall),
+		MinFreeBytes: uint64(f.minFree), ArenaBytes: uint64(f.captureMem), BufferBytes: uint64(f.bufferMem),
+		Disks: f.disks, DiskSpeedBytes: uint64(f.diskSpeed), DiskMemoryBytes: uint64(f.diskMem), OverlayDir: f.overlayDir,
+		PreHook: f.preHook, PostHook: f.postHook, HookTimeoutNs: int64(f.hookTimeout)}
+	if given("store") {
+		s.Store = absolute(f.store)
 	}
-	if f.freezeTimeout < 100*time.Millisecond || f.freezeTimeout > time.Minute {
-		return o, usageError("--freeze-timeout %v: want 100ms to 1m", f.freezeTimeout)
+	if given("compress") {
+		s.Compress = f.compress
+	}
+	if given("keep-last") {
+		s.KeepLast = proto.Int32(int32(f.keepLast))
 	}
 	if f.freeze {
-		o.Freeze = f.freezeTimeout
+		s.FreezeNs = int64(f.freezeTimeout)
 	}
-	return o, nil
+	return s
 }
 
-func (f *captureFlags) options(a *app) (capture.Options, error) {
-	if f.keepLast < 0 {
-		return capture.Options{}, usageError("--keep-last %d: want 0 or more", f.keepLast)
+// absolute is a path that means the same to a process that is elsewhere.
+func absolute(path string) string {
+	if abs, err := filepath.Abs(path); err == nil {
+		return abs
 	}
-	if f.fullEvery < 1 {
-		return capture.Options{}, usageError("--full-every %d: want 1 or more", f.fullEvery)
-	}
-	return capture.Options{
-		Direct: f.direct, Parent: f.parent, FullEvery: f.fullEvery, Dedup: f.dedup, Tenant: f.tenant,
-		Mode: capture.Mode(f.mode), Engine: capture.Engine(f.engine), Compress: f.compress,
-		MaxStall: f.maxStall, MinFreeBytes: uint64(f.minFree),
-		ArenaBytes: uint64(f.captureMem), BufferBytes: uint64(f.bufferMem),
-		Disks: capture.Disks(f.disks), DiskSpeedBytes: uint64(f.diskSpeed), DiskMemoryBytes: uint64(f.diskMem), OverlayDir: f.overlayDir,
-		Progress: func(e capture.Event) { a.log.Debug(e.Step, "detail", e.Detail, "took", e.Took) },
-	}, nil
+	return path
+}
+
+// plan is what the flags ask of this process itself.
+func (a *app) plan(s *apipb.Spec) (agent.Options, agent.Protection, error) {
+	o, p, err := agent.Planned(s)
+	p.Capture.Progress = func(e capture.Event) { a.log.Debug(e.Step, "detail", e.Detail, "took", e.Took) }
+	return o, p, err
 }
 
 func newCheckpointCommand(a *app) *cobra.Command {
 	var f captureFlags
 	c := &cobra.Command{
-		Use: "checkpoint QEMU-PID", Short: "Take one checkpoint of a running VM", Args: exactArgs(1, "the pid of a QEMU process"),
+		Use: "checkpoint VM|QEMU-PID", Short: "Take one checkpoint of a running VM", Args: exactArgs(1, "a protected VM or the pid of a QEMU process"),
+		Long: "Take one checkpoint of a running VM. Of a VM that a daemon or an attach protects it is taken by that, in\n" +
+			"the way the VM is protected; any other is named by its pid.",
 		RunE: func(c *cobra.Command, args []string) error { return runCheckpoint(c, a, &f, args[0]) },
 	}
 	f.add(c)
@@ -121,16 +133,53 @@ func parsePID(s string) (int, error) {
 	return pid, nil
 }
 
-func runCheckpoint(c *cobra.Command, a *app, f *captureFlags, arg string) (err error) {
-	pid, err := parsePID(arg)
-	if err != nil {
-		return err
+func runCheckpoint(c *cobra.Command, a *app, f *captureFlags, ref string) error {
+	pid, err := strconv.Atoi(ref)
+	if err == nil {
+		if pid <= 0 {
+			return usageError("%q is no pid", ref)
+		}
+		// Most VMs that are named by pid nobody protects: then nobody is asked.
+		if err = a.takeCheckpoint(c, f, pid); !problem.Is(err, problem.Busy) {
+			return err
+		}
 	}
-	o, err := f.options(a)
-	if err != nil {
-		return err
+	vm, unknown := a.findProtected(c.Context(), ref)
+	switch {
+	case unknown == nil:
+		return errors.Join(a.orderCheckpoint(c, vm), vm.conn.Close())
+	case problem.Is(err, problem.Busy):
+		return err // whoever works on it does not protect it
 	}
-	ao, err := f.attach()
+	return unknown
+}
+
+// orderCheckpoint has whoever protects a VM take one.
+func (a *app) orderCheckpoint(c *cobra.Command, vm *protected) error {
+	for _, name := range []string{"mode", "engine", "compress", "store", "name", "disks"} {
+		if c.Flags().Changed(name) {
+			return usageError("--%s: VM %s is protected, and its checkpoints are taken as it was attached to; detach it first", name, vm.status.GetVm())
+		}
+	}
+	stream, err := vm.Checkpoint(c.Context(), &apipb.CheckpointRequest{Vm: vm.status.GetVm()})
+	if err != nil {
+		return api.FromStatus("checkpoint", err)
+	}
+	for {
+		e, err := stream.Recv()
+		if err != nil {
+			return api.FromStatus("checkpoint", err)
+		}
+		if t := e.GetTaken(); t != nil {
+			a.printTaken(t)
+			return nil
+		}
+		a.log.Debug(e.GetStep(), "detail", e.GetDetail())
+	}
+}
+
+func (a *app) takeCheckpoint(c *cobra.Command, f *captureFlags, pid int) (err error) {
+	ao, p, err := a.plan(f.spec(c))
 	if err != nil {
 		return err
 	}
@@ -144,19 +193,34 @@ func runCheckpoint(c *cobra.Command, a *app, f *captureFlags, arg string) (err e
 		return err
 	}
 	defer func() { err = errors.Join(err, v.Close()) }()
-	res, err := v.Checkpoint(ctx, st, o)
+	res, err := v.Checkpoint(ctx, st, p.Capture)
 	if err != nil {
 		return err
 	}
-	if f.keepLast > 0 {
+	if p.KeepLast > 0 {
 		// The checkpoint exists: that older ones could not be dropped is no reason
 		// to take it again.
-		if err := agent.Retain(ctx, st, v.Name, f.keepLast); err != nil {
+		if err := agent.Retain(ctx, st, v.Name, p.KeepLast); err != nil {
 			a.log.Warn("older checkpoints are still there", "vm", v.Name, "error", err)
 		}
 	}
 	a.printCheckpoint(res)
 	return nil
+}
+
+// printTaken prints a checkpoint that another process took.
+func (a *app) printTaken(t *apipb.Checkpoint) {
+	r := checkpointResult{Schema: schema("checkpoint"), ID: t.GetId(), VM: t.GetVm(), QEMUPID: int(t.GetQemuPid()), Mode: t.GetMode(), Engine: t.GetEngine(),
+		Parent: t.GetParent(), RAMBytes: t.GetRamBytes(), PageBytes: t.GetPageBytes(), Pages: t.GetPages(), ZeroPages: t.GetZeroPages(),
+		CapturedPages: t.GetCapturedPages(), StoredBytes: t.GetStoredBytes(), PauseNS: t.GetPauseNs(), ArmNS: t.GetArmNs(),
+		DeviceStateNS: t.GetDeviceStateNs(), TotalNS: t.GetTotalNs(), Retaken: []string{}, Notes: []string{}, Disks: []diskView{}}
+	if a.json {
+		a.print("checkpoint", r)
+		return
+	}
+	fmt.Fprintf(a.out, "%s of VM %s: mode %s, pause %s (device state %s), total %s, %s RAM, %s stored\n",
+		r.ID, r.VM, r.Mode, durationText(time.Duration(r.PauseNS)), durationText(time.Duration(r.DeviceStateNS)),
+		durationText(time.Duration(r.TotalNS)), sizeText(r.RAMBytes), sizeText(r.StoredBytes))
 }
 
 // checkpointResult is what a new checkpoint is reported as.

@@ -1,6 +1,7 @@
 package main
 
 import (
+	"context"
 	"errors"
 	"fmt"
 	"strconv"
@@ -9,6 +10,8 @@ import (
 	"github.com/spf13/cobra"
 
 	"github.com/ckagent/ckagent/agent"
+	"github.com/ckagent/ckagent/agent/api"
+	"github.com/ckagent/ckagent/agent/api/apipb"
 	"github.com/ckagent/ckagent/agent/problem"
 	"github.com/ckagent/ckagent/agent/vm"
 	"github.com/ckagent/ckagent/agent/vm/disk"
@@ -22,8 +25,8 @@ type detachOptions struct {
 func newDetachCommand(a *app) *cobra.Command {
 	var o detachOptions
 	c := &cobra.Command{
-		Use: "detach VM|QEMU-PID|--all", Short: "Remove everything checkpoints keep in a running VM's disks",
-		Long: "Remove everything that checkpoints keep in the block layer of a running VM: the bitmaps of what\n" +
+		Use: "detach VM|QEMU-PID|--all", Short: "End a VM's protection, and remove everything checkpoints keep in its disks",
+		Long: "End the protection of a running VM, by a daemon or an attach, and remove everything that checkpoints keep in the block layer of a running VM: the bitmaps of what\n" +
 			"changed since the last one, and whatever an interrupted one left. The next checkpoint copies every\n" +
 			"disk whole. Checkpoints in the store are not touched.",
 		Args: func(_ *cobra.Command, args []string) error {
@@ -46,9 +49,14 @@ type detached struct {
 }
 
 func runDetach(c *cobra.Command, a *app, o detachOptions, args []string) error {
-	pids, err := detachPIDs(o, args)
+	pids, err := a.unprotect(c.Context(), o, args)
 	if err != nil {
 		return err
+	}
+	if pids == nil {
+		if pids, err = detachPIDs(o, args); err != nil {
+			return err
+		}
 	}
 	list, skipped := []detached{}, 0
 	var errs []error
@@ -78,6 +86,28 @@ func runDetach(c *cobra.Command, a *app, o detachOptions, args []string) error {
 		fmt.Fprintf(a.out, "pid %d: %s\n", d.QEMUPID, sweptText(d.Swept))
 	}
 	return nil
+}
+
+// unprotect has whoever protects the VM let it go; nil: nobody does.
+func (a *app) unprotect(ctx context.Context, o detachOptions, args []string) (pids []int, err error) {
+	if o.all {
+		return nil, nil // what is protected is busy, and says so
+	}
+	p, err := a.findProtected(ctx, args[0])
+	if problem.Is(err, problem.NotFound) || problem.Is(err, problem.NoDaemon) && a.asked() == "" {
+		return nil, nil
+	}
+	if err != nil {
+		return nil, err
+	}
+	defer func() { err = errors.Join(err, p.conn.Close()) }()
+	if _, err := p.Detach(ctx, &apipb.DetachRequest{Vm: p.status.GetVm()}); err != nil {
+		return nil, api.FromStatus("detach", err)
+	}
+	if pid := int(p.status.GetQemuPid()); p.status.GetEnded() == nil {
+		return []int{pid}, nil
+	}
+	return []int{}, nil
 }
 
 func detachPIDs(o detachOptions, args []string) ([]int, error) {

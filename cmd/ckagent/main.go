@@ -13,6 +13,7 @@ import (
 	"github.com/spf13/cobra"
 	"golang.org/x/sys/unix"
 
+	"github.com/ckagent/ckagent/agent/api"
 	"github.com/ckagent/ckagent/agent/problem"
 )
 
@@ -50,6 +51,7 @@ type app struct {
 	out, err io.Writer
 	json     bool
 	verbose  bool
+	socket   string // --socket; "": see client.go
 	log      *slog.Logger
 }
 
@@ -76,6 +78,7 @@ func newRootCommand(a *app) *cobra.Command {
 	}
 	root.PersistentFlags().BoolVar(&a.json, "json", false, "print one JSON object on stdout and nothing else there")
 	root.PersistentFlags().BoolVarP(&a.verbose, "verbose", "v", false, "log more to stderr")
+	root.PersistentFlags().StringVar(&a.socket, "socket", "", "control socket of the daemon, or tls://HOST:PORT (default: "+socketVariable+", else "+api.DaemonSocket+")")
 	root.SetFlagErrorFunc(func(_ *cobra.Command, err error) error {
 		// Parsing ended at the flag that is wrong; the form of the answer may have
 		// been asked for behind it.
@@ -84,11 +87,11 @@ func newRootCommand(a *app) *cobra.Command {
 	})
 	root.AddCommand(
 		newDoctorCommand(a), newExplainCommand(a), newDirtyRateCommand(a), newTopCommand(a),
-		newAttachCommand(a), newStatusCommand(a), newPolicyCommand(a),
+		newAttachCommand(a), newDaemonCommand(a), newVMsCommand(a), newStatusCommand(a), newCancelCommand(a), newPolicyCommand(a),
 		newCheckpointCommand(a), newReleaseCommand(a), newDetachCommand(a),
 		newLsCommand(a), newInspectCommand(a), newVerifyCommand(a),
 		newRmCommand(a), newGCCommand(a), newMergeCommand(a), newPinCommand(a), newUnpinCommand(a),
-		newRestoreCommand(a), newPageCommand(a),
+		newRestoreCommand(a), newRehearseCommand(a), newPageCommand(a),
 		newExportCommand(a), newImportCommand(a),
 		newDemoCommand(a), newVersionCommand(a),
 	)

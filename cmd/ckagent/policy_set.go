@@ -29,12 +29,12 @@ func runPolicySet(c *cobra.Command, a *app, list []string, ref, policy string) (
 	if err != nil {
 		return err
 	}
-	vm, err := findProtected(c.Context(), ref)
+	vm, err := a.findProtected(c.Context(), ref)
 	if err != nil {
 		return err
 	}
 	defer func() { err = errors.Join(err, vm.conn.Close()) }()
-	r, err := vm.SetPolicy(c.Context(), &apipb.SetPolicyRequest{Policy: policy, Params: params})
+	r, err := vm.SetPolicy(c.Context(), &apipb.SetPolicyRequest{Vm: vm.status.GetVm(), Policy: policy, Params: params})
 	if err != nil {
 		return api.FromStatus("set policy", err)
 	}

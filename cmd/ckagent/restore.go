@@ -35,12 +35,15 @@ type restoreOptions struct {
 	forceCPU   bool
 	clock      string
 	rate       sizeValue
+
+	all              bool // VMs that a daemon protected
+	config, stateDir string
 }
 
 func newRestoreCommand(a *app) *cobra.Command {
 	var o restoreOptions
 	c := &cobra.Command{
-		Use:   "restore ID|VM [-- QEMU-ARGUMENTS]",
+		Use:   "restore ID|VM|--all [-- QEMU-ARGUMENTS]",
 		Short: "Bring a VM back from a checkpoint",
 		Long: "Bring a VM back from a checkpoint. The guest runs at once and its memory is paged in on demand;\n" +
 			"the command ends when everything is in (with --detach: when the guest runs). A VM's name stands\n" +
@@ -65,6 +68,9 @@ func newRestoreCommand(a *app) *cobra.Command {
 	f.StringVar(&o.disks, "disks", string(restore.DisksCheckpoint), "checkpoint: the disks as they were then, in new files; original: the original images, if nobody wrote to them since; as-is: whatever they hold now")
 	f.StringVar(&o.diskDir, "disk-dir", "", "where to make the disks (default: a new directory below "+restore.DiskRoot+")")
 	f.BoolVar(&o.flatten, "disks-flatten", false, "copy the disks out of the store in the background, so that they need it no longer")
+	f.BoolVar(&o.all, "all", false, "every VM that a daemon protected and that is gone, such as after the host's boot; not those ended on purpose")
+	f.StringVar(&o.config, "config", "", "with --all: the daemon's configuration")
+	f.StringVar(&o.stateDir, "state-dir", "", "with --all: where the daemon keeps what it protects")
 	f.Var(&o.rate, "bandwidth", "limit of the background paging and flattening, bytes per second")
 	return c
 }
@@ -116,6 +122,12 @@ func (o *restoreOptions) options(extra []string) (restore.Options, error) {
 }
 
 func runRestore(c *cobra.Command, a *app, o *restoreOptions, args []string) error {
+	if o.all {
+		if len(args) > 0 || o.clone || o.qmp != "" || o.dryRun {
+			return usageError("--all stands alone: it takes no VM, --clone, --qmp or --dry-run")
+		}
+		return runRestoreAll(c, a, o)
+	}
 	ref, extra, err := splitArgs(c, args, "a checkpoint or a VM")
 	if err != nil {
 		return err

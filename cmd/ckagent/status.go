@@ -42,25 +42,45 @@ type decisionView struct {
 }
 
 type statusView struct {
-	Schema         string       `json:"schema"`
-	VM             string       `json:"vm"`
-	QEMUPID        int32        `json:"qemu_pid"`
-	State          string       `json:"state"`
-	Protected      bool         `json:"protected"`
-	Degraded       []string     `json:"degraded"`
-	Policy         policyView   `json:"policy"`
-	Decision       decisionView `json:"decision"`
-	LastSuccess    string       `json:"last_success"` // empty: none yet
-	LastCheckpoint string       `json:"last_checkpoint"`
-	NextAt         string       `json:"next_at"`
-	RPONS          int64        `json:"rpo_ns"`
-	Checkpoints    uint64       `json:"checkpoints"`
-	Failures       uint64       `json:"failures"`
-	LastError      string       `json:"last_error"`
+	Schema         string         `json:"schema"`
+	VM             string         `json:"vm"`
+	QEMUPID        int32          `json:"qemu_pid"`
+	State          string         `json:"state"`
+	Protected      bool           `json:"protected"`
+	Degraded       []string       `json:"degraded"`
+	Policy         policyView     `json:"policy"`
+	Decision       decisionView   `json:"decision"`
+	LastSuccess    string         `json:"last_success"` // empty: none yet
+	LastCheckpoint string         `json:"last_checkpoint"`
+	NextAt         string         `json:"next_at"`
+	RPONS          int64          `json:"rpo_ns"`
+	Checkpoints    uint64         `json:"checkpoints"`
+	Failures       uint64         `json:"failures"`
+	LastError      string         `json:"last_error"`
+	Store          string         `json:"store"`
+	OnDeath        string         `json:"on_death"`
+	Ended          *endingView    `json:"ended,omitempty"`
+	Rehearsal      *rehearsalView `json:"rehearsal,omitempty"`
+}
+
+// endingView is how a VM that is gone came to its end.
+type endingView struct {
+	How    string `json:"how"`
+	Detail string `json:"detail"`
+	At     string `json:"at"`
+}
+
+// rehearsalView is the last test restore of a VM.
+type rehearsalView struct {
+	At        string `json:"at"`
+	OK        bool   `json:"ok"`
+	ID        string `json:"id"`
+	RunningNS int64  `json:"command_to_running_ns"`
+	Error     string `json:"error"`
 }
 
 func runStatus(c *cobra.Command, a *app, ref string) (err error) {
-	vm, err := findProtected(c.Context(), ref)
+	vm, err := a.findProtected(c.Context(), ref)
 	if err != nil {
 		return err
 	}
@@ -79,6 +99,9 @@ func runStatus(c *cobra.Command, a *app, ref string) (err error) {
 	p("last", "%s %s", dash(v.LastSuccess), v.LastCheckpoint)
 	p("next", "%s", dash(v.NextAt))
 	p("at risk", "%s", durationText(time.Duration(v.RPONS)))
+	if r := v.Rehearsal; r != nil {
+		p("rehearsed", "%s, %s: %s", r.At, r.ID, dashIf(oneLine(r.Error), "it ran"))
+	}
 	for _, d := range v.Degraded {
 		p("degraded", "%s", oneLine(d))
 	}
@@ -93,10 +116,18 @@ func dashIf(s, none string) string {
 }
 
 func viewStatus(s *apipb.VMStatus) statusView {
-	return statusView{Schema: schema("status"), VM: s.GetVm(), QEMUPID: s.GetQemuPid(), State: s.GetState(), Protected: s.GetProtected(),
+	v := statusView{Schema: schema("status"), VM: s.GetVm(), QEMUPID: s.GetQemuPid(), State: s.GetState(), Protected: s.GetProtected(),
 		Degraded: append([]string{}, s.GetDegraded()...), Policy: viewPolicy(s.GetPolicy()), Decision: viewDecision(s.GetDecision()),
 		LastSuccess: instant(s.GetLastSuccessNs()), LastCheckpoint: s.GetLastCheckpoint(), NextAt: instant(s.GetNextAtNs()), RPONS: s.GetRpoNs(),
-		Checkpoints: s.GetCheckpoints(), Failures: s.GetFailures(), LastError: s.GetLastError()}
+		Checkpoints: s.GetCheckpoints(), Failures: s.GetFailures(), LastError: s.GetLastError(),
+		Store: s.GetStore(), OnDeath: s.GetOnDeath()}
+	if e := s.GetEnded(); e != nil {
+		v.Ended = &endingView{e.GetHow(), e.GetDetail(), instant(e.GetAtNs())}
+	}
+	if r := s.GetRehearsal(); r != nil {
+		v.Rehearsal = &rehearsalView{instant(r.GetAtNs()), r.GetOk(), r.GetId(), r.GetRunningNs(), r.GetError()}
+	}
+	return v
 }
 
 func viewPolicy(p *apipb.Policy) policyView {

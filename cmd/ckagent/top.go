@@ -2,14 +2,18 @@ package main
 
 import (
 	"context"
+	"encoding/json"
 	"errors"
 	"fmt"
+	"io"
 	"path"
 	"strings"
 	"time"
 
 	"github.com/spf13/cobra"
 
+	"github.com/ckagent/ckagent/agent/api"
+	"github.com/ckagent/ckagent/agent/api/apipb"
 	"github.com/ckagent/ckagent/agent/problem"
 	"github.com/ckagent/ckagent/agent/signals"
 	"github.com/ckagent/ckagent/agent/signals/metrics"
@@ -86,6 +90,13 @@ func runTop(ctx context.Context, a *app, o *topOptions, args []string) (err erro
 	if err := o.check(pids); err != nil {
 		return err
 	}
+	if len(pids) == 0 && o.match == "" && o.metrics == "" {
+		if d, derr := a.daemon(ctx); derr == nil {
+			return errors.Join(o.ofDaemon(ctx, a, d), d.conn.Close())
+		} else if a.asked() != "" {
+			return derr
+		}
+	}
 	w := signals.NewWatcher(ctx, signals.WatchOptions{PIDs: pids, Match: o.match, QMP: o.qmp, Take: takeUserfaultfd, Gap: o.gap, DirtyEvery: o.every, MaxShare: o.share})
 	defer func() { err = errors.Join(err, w.Close()) }()
 	if o.metrics != "" {
@@ -115,6 +126,29 @@ func runTop(ctx context.Context, a *app, o *topOptions, args []string) (err erro
 			return nil // the way to end it
 		case <-tick.C:
 		}
+	}
+}
+
+// ofDaemon shows what a daemon sees.
+func (o *topOptions) ofDaemon(ctx context.Context, a *app, d *protector) error {
+	stream, err := d.Top(ctx, &apipb.TopRequest{IntervalNs: int64(o.interval), Count: uint32(o.count)})
+	if err != nil {
+		return api.FromStatus("top", err)
+	}
+	t := topView{a: a, screen: newScreen(a.out)}
+	for {
+		r, err := stream.Recv()
+		if errors.Is(err, io.EOF) || ctx.Err() != nil {
+			return nil
+		}
+		if err != nil {
+			return api.FromStatus("top", err)
+		}
+		var s signals.Snapshot
+		if err := json.Unmarshal([]byte(r.GetSnapshot()), &s); err != nil {
+			return problem.New(problem.Failed, "top", "", "%w", err)
+		}
+		t.show(s)
 	}
 }
 

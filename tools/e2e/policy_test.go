@@ -34,6 +34,9 @@ type statusView struct {
 	} `json:"decision"`
 	Checkpoints uint64 `json:"checkpoints"`
 	NextAt      string `json:"next_at"`
+	Protected   bool   `json:"protected"`
+	Degraded    []string
+	Ended       *struct{ How, Detail string }
 }
 
 func (x *tool) status(t testing.TB, pid int) (s statusView) {
@@ -91,7 +94,7 @@ func TestPolicies(t *testing.T) {
 		t.Errorf("described: %+v", d)
 	}
 	x.fails(t, exitUsage, []string{"interval"}, "policy", "describe", "fixed", "--param", "interval=soon", "--policy-dir", dir)
-	x.fails(t, exitNotFound, []string{"attach"}, "status", "nobody")
+	x.fails(t, exitNoDaemon, nil, "status", "nobody", "--socket", filepath.Join(programs, "none"))
 
 	v := vmtest.Start(t, vmtest.Config{Guest: vmtest.Mini, MemoryMiB: 64, WSMiB: 8, Rate: 2000})
 	v.WaitProgress(t, 200)
@@ -155,6 +158,8 @@ func TestPolicies(t *testing.T) {
 	if left, _ := filepath.Glob("/tmp/ckagent-policy-*"); len(left) > 0 {
 		t.Logf("directories of sockets, perhaps of others: %v", left)
 	}
-	x.fails(t, exitNotFound, nil, "status", itoa(pid))
+	if r := x.run(t, "status", itoa(pid)); r.code != exitNotFound && r.code != exitNoDaemon {
+		t.Errorf("it is not protected any more: %s", r)
+	}
 	v.WaitProgress(t, 200)
 }

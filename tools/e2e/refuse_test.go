@@ -14,7 +14,7 @@ import (
 func TestUsage(t *testing.T) {
 	x := newTool(t)
 	for _, args := range [][]string{
-		{"no-such-verb"}, {"checkpoint"}, {"checkpoint", "a-name"}, {"checkpoint", "0"}, {"checkpoint", "-5"}, {"checkpoint", "1", "2"},
+		{"no-such-verb"}, {"checkpoint"}, {"checkpoint", "0"}, {"checkpoint", "-5"}, {"checkpoint", "1", "2"},
 		{"checkpoint", "1", "--no-such-flag"}, {"checkpoint", "1", "--keep-last", "-1"},
 		{"checkpoint", "1", "--min-free", "lots"}, {"checkpoint", "1", "--max-stall", "soon"},
 		{"attach", "1", "--interval", "1ms"}, {"attach"}, {"explain"}, {"explain", "x"}, {"release"},

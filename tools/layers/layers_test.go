@@ -28,6 +28,7 @@ var layers = [][]string{
 	{"agent/capture"},
 	{"plugins"},
 	{"agent"},
+	{"agent/daemon"},
 	{"restore", "plugins/policy/policytest"},
 	{"tools"},
 	{"cmd"},

@@ -136,6 +136,10 @@ type VMStatus struct {
 	Checkpoints    uint64                 `protobuf:"varint,13,opt,name=checkpoints,proto3" json:"checkpoints,omitempty"`        // taken since then
 	Failures       uint64                 `protobuf:"varint,14,opt,name=failures,proto3" json:"failures,omitempty"`              // in a row
 	LastError      string                 `protobuf:"bytes,15,opt,name=last_error,json=lastError,proto3" json:"last_error,omitempty"`
+	Ended          *Ending                `protobuf:"bytes,16,opt,name=ended,proto3" json:"ended,omitempty"`         // of a VM that is gone and may be restored
+	Rehearsal      *Rehearsal             `protobuf:"bytes,17,opt,name=rehearsal,proto3" json:"rehearsal,omitempty"` // the last one
+	Store          string                 `protobuf:"bytes,18,opt,name=store,proto3" json:"store,omitempty"`
+	OnDeath        string                 `protobuf:"bytes,19,opt,name=on_death,json=onDeath,proto3" json:"on_death,omitempty"`
 	unknownFields  protoimpl.UnknownFields
 	sizeCache      protoimpl.SizeCache
 }
@@ -275,6 +279,642 @@ func (x *VMStatus) GetLastError() string {
 	return ""
 }
 
+func (x *VMStatus) GetEnded() *Ending {
+	if x != nil {
+		return x.Ended
+	}
+	return nil
+}
+
+func (x *VMStatus) GetRehearsal() *Rehearsal {
+	if x != nil {
+		return x.Rehearsal
+	}
+	return nil
+}
+
+func (x *VMStatus) GetStore() string {
+	if x != nil {
+		return x.Store
+	}
+	return ""
+}
+
+func (x *VMStatus) GetOnDeath() string {
+	if x != nil {
+		return x.OnDeath
+	}
+	return ""
+}
+
+// Ending is how a VM came to its end.
+type Ending struct {
+	state         protoimpl.MessageState `protogen:"open.v1"`
+	How           string                 `protobuf:"bytes,1,opt,name=how,proto3" json:"how,omitempty"` // poweroff, destroyed, migrated, crashed, host, unknown
+	Detail        string                 `protobuf:"bytes,2,opt,name=detail,proto3" json:"detail,omitempty"`
+	AtNs          int64                  `protobuf:"varint,3,opt,name=at_ns,json=atNs,proto3" json:"at_ns,omitempty"`
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *Ending) Reset() {
+	*x = Ending{}
+	mi := &file_agent_proto_msgTypes[3]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *Ending) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*Ending) ProtoMessage() {}
+
+func (x *Ending) ProtoReflect() protoreflect.Message {
+	mi := &file_agent_proto_msgTypes[3]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use Ending.ProtoReflect.Descriptor instead.
+func (*Ending) Descriptor() ([]byte, []int) {
+	return file_agent_proto_rawDescGZIP(), []int{3}
+}
+
+func (x *Ending) GetHow() string {
+	if x != nil {
+		return x.How
+	}
+	return ""
+}
+
+func (x *Ending) GetDetail() string {
+	if x != nil {
+		return x.Detail
+	}
+	return ""
+}
+
+func (x *Ending) GetAtNs() int64 {
+	if x != nil {
+		return x.AtNs
+	}
+	return 0
+}
+
+// Rehearsal is a test restore.
+type Rehearsal struct {
+	state         protoimpl.MessageState `protogen:"open.v1"`
+	AtNs          int64                  `protobuf:"varint,1,opt,name=at_ns,json=atNs,proto3" json:"at_ns,omitempty"`
+	Ok            bool                   `protobuf:"varint,2,opt,name=ok,proto3" json:"ok,omitempty"`
+	Id            string                 `protobuf:"bytes,3,opt,name=id,proto3" json:"id,omitempty"`
+	RunningNs     int64                  `protobuf:"varint,4,opt,name=running_ns,json=runningNs,proto3" json:"running_ns,omitempty"` // from the command to the guest running
+	Error         string                 `protobuf:"bytes,5,opt,name=error,proto3" json:"error,omitempty"`
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *Rehearsal) Reset() {
+	*x = Rehearsal{}
+	mi := &file_agent_proto_msgTypes[4]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *Rehearsal) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*Rehearsal) ProtoMessage() {}
+
+func (x *Rehearsal) ProtoReflect() protoreflect.Message {
+	mi := &file_agent_proto_msgTypes[4]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use Rehearsal.ProtoReflect.Descriptor instead.
+func (*Rehearsal) Descriptor() ([]byte, []int) {
+	return file_agent_proto_rawDescGZIP(), []int{4}
+}
+
+func (x *Rehearsal) GetAtNs() int64 {
+	if x != nil {
+		return x.AtNs
+	}
+	return 0
+}
+
+func (x *Rehearsal) GetOk() bool {
+	if x != nil {
+		return x.Ok
+	}
+	return false
+}
+
+func (x *Rehearsal) GetId() string {
+	if x != nil {
+		return x.Id
+	}
+	return ""
+}
+
+func (x *Rehearsal) GetRunningNs() int64 {
+	if x != nil {
+		return x.RunningNs
+	}
+	return 0
+}
+
+func (x *Rehearsal) GetError() string {
+	if x != nil {
+		return x.Error
+	}
+	return ""
+}
+
+// Spec is how a VM is to be protected: what `attach` has flags for. Zero means the
+// default.
+type Spec struct {
+	state           protoimpl.MessageState `protogen:"open.v1"`
+	Name            string                 `protobuf:"bytes,1,opt,name=name,proto3" json:"name,omitempty"`
+	Qmp             string                 `protobuf:"bytes,2,opt,name=qmp,proto3" json:"qmp,omitempty"`
+	Store           string                 `protobuf:"bytes,3,opt,name=store,proto3" json:"store,omitempty"`
+	Mode            string                 `protobuf:"bytes,4,opt,name=mode,proto3" json:"mode,omitempty"`
+	Engine          string                 `protobuf:"bytes,5,opt,name=engine,proto3" json:"engine,omitempty"`
+	Compress        string                 `protobuf:"bytes,6,opt,name=compress,proto3" json:"compress,omitempty"`                        // empty: the policy's choice
+	KeepLast        *int32                 `protobuf:"varint,7,opt,name=keep_last,json=keepLast,proto3,oneof" json:"keep_last,omitempty"` // 0: all
+	MaxStallNs      int64                  `protobuf:"varint,8,opt,name=max_stall_ns,json=maxStallNs,proto3" json:"max_stall_ns,omitempty"`
+	MinFreeBytes    uint64                 `protobuf:"varint,9,opt,name=min_free_bytes,json=minFreeBytes,proto3" json:"min_free_bytes,omitempty"`
+	ArenaBytes      uint64                 `protobuf:"varint,10,opt,name=arena_bytes,json=arenaBytes,proto3" json:"arena_bytes,omitempty"`
+	BufferBytes     uint64                 `protobuf:"varint,11,opt,name=buffer_bytes,json=bufferBytes,proto3" json:"buffer_bytes,omitempty"`
+	Disks           string                 `protobuf:"bytes,12,opt,name=disks,proto3" json:"disks,omitempty"`
+	DiskSpeedBytes  uint64                 `protobuf:"varint,13,opt,name=disk_speed_bytes,json=diskSpeedBytes,proto3" json:"disk_speed_bytes,omitempty"`
+	DiskMemoryBytes uint64                 `protobuf:"varint,14,opt,name=disk_memory_bytes,json=diskMemoryBytes,proto3" json:"disk_memory_bytes,omitempty"`
+	PreHook         string                 `protobuf:"bytes,15,opt,name=pre_hook,json=preHook,proto3" json:"pre_hook,omitempty"`
+	PostHook        string                 `protobuf:"bytes,16,opt,name=post_hook,json=postHook,proto3" json:"post_hook,omitempty"`
+	HookTimeoutNs   int64                  `protobuf:"varint,17,opt,name=hook_timeout_ns,json=hookTimeoutNs,proto3" json:"hook_timeout_ns,omitempty"`
+	FreezeNs        int64                  `protobuf:"varint,18,opt,name=freeze_ns,json=freezeNs,proto3" json:"freeze_ns,omitempty"` // 0: the guest's file systems are not frozen
+	IntervalNs      int64                  `protobuf:"varint,19,opt,name=interval_ns,json=intervalNs,proto3" json:"interval_ns,omitempty"`
+	Policy          string                 `protobuf:"bytes,20,opt,name=policy,proto3" json:"policy,omitempty"` // empty: a checkpoint at the interval
+	Params          map[string]string      `protobuf:"bytes,21,rep,name=params,proto3" json:"params,omitempty" protobuf_key:"bytes,1,opt,name=key" protobuf_val:"bytes,2,opt,name=value"`
+	OnDeath         string                 `protobuf:"bytes,22,opt,name=on_death,json=onDeath,proto3" json:"on_death,omitempty"`                            // notify, restore, none
+	RehearseEveryNs int64                  `protobuf:"varint,23,opt,name=rehearse_every_ns,json=rehearseEveryNs,proto3" json:"rehearse_every_ns,omitempty"` // 0: never
+	Direct          bool                   `protobuf:"varint,24,opt,name=direct,proto3" json:"direct,omitempty"`
+	Parent          string                 `protobuf:"bytes,25,opt,name=parent,proto3" json:"parent,omitempty"`
+	FullEvery       *int32                 `protobuf:"varint,26,opt,name=full_every,json=fullEvery,proto3,oneof" json:"full_every,omitempty"`
+	Dedup           bool                   `protobuf:"varint,27,opt,name=dedup,proto3" json:"dedup,omitempty"`
+	Tenant          string                 `protobuf:"bytes,28,opt,name=tenant,proto3" json:"tenant,omitempty"`
+	OverlayDir      string                 `protobuf:"bytes,29,opt,name=overlay_dir,json=overlayDir,proto3" json:"overlay_dir,omitempty"`
+	unknownFields   protoimpl.UnknownFields
+	sizeCache       protoimpl.SizeCache
+}
+
+func (x *Spec) Reset() {
+	*x = Spec{}
+	mi := &file_agent_proto_msgTypes[5]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *Spec) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*Spec) ProtoMessage() {}
+
+func (x *Spec) ProtoReflect() protoreflect.Message {
+	mi := &file_agent_proto_msgTypes[5]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use Spec.ProtoReflect.Descriptor instead.
+func (*Spec) Descriptor() ([]byte, []int) {
+	return file_agent_proto_rawDescGZIP(), []int{5}
+}
+
+func (x *Spec) GetName() string {
+	if x != nil {
+		return x.Name
+	}
+	return ""
+}
+
+func (x *Spec) GetQmp() string {
+	if x != nil {
+		return x.Qmp
+	}
+	return ""
+}
+
+func (x *Spec) GetStore() string {
+	if x != nil {
+		return x.Store
+	}
+	return ""
+}
+
+func (x *Spec) GetMode() string {
+	if x != nil {
+		return x.Mode
+	}
+	return ""
+}
+
+func (x *Spec) GetEngine() string {
+	if x != nil {
+		return x.Engine
+	}
+	return ""
+}
+
+func (x *Spec) GetCompress() string {
+	if x != nil {
+		return x.Compress
+	}
+	return ""
+}
+
+func (x *Spec) GetKeepLast() int32 {
+	if x != nil && x.KeepLast != nil {
+		return *x.KeepLast
+	}
+	return 0
+}
+
+func (x *Spec) GetMaxStallNs() int64 {
+	if x != nil {
+		return x.MaxStallNs
+	}
+	return 0
+}
+
+func (x *Spec) GetMinFreeBytes() uint64 {
+	if x != nil {
+		return x.MinFreeBytes
+	}
+	return 0
+}
+
+func (x *Spec) GetArenaBytes() uint64 {
+	if x != nil {
+		return x.ArenaBytes
+	}
+	return 0
+}
+
+func (x *Spec) GetBufferBytes() uint64 {
+	if x != nil {
+		return x.BufferBytes
+	}
+	return 0
+}
+
+func (x *Spec) GetDisks() string {
+	if x != nil {
+		return x.Disks
+	}
+	return ""
+}
+
+func (x *Spec) GetDiskSpeedBytes() uint64 {
+	if x != nil {
+		return x.DiskSpeedBytes
+	}
+	return 0
+}
+
+func (x *Spec) GetDiskMemoryBytes() uint64 {
+	if x != nil {
+		return x.DiskMemoryBytes
+	}
+	return 0
+}
+
+func (x *Spec) GetPreHook() string {
+	if x != nil {
+		return x.PreHook
+	}
+	return ""
+}
+
+func (x *Spec) GetPostHook() string {
+	if x != nil {
+		return x.PostHook
+	}
+	return ""
+}
+
+func (x *Spec) GetHookTimeoutNs() int64 {
+	if x != nil {
+		return x.HookTimeoutNs
+	}
+	return 0
+}
+
+func (x *Spec) GetFreezeNs() int64 {
+	if x != nil {
+		return x.FreezeNs
+	}
+	return 0
+}
+
+func (x *Spec) GetIntervalNs() int64 {
+	if x != nil {
+		return x.IntervalNs
+	}
+	return 0
+}
+
+func (x *Spec) GetPolicy() string {
+	if x != nil {
+		return x.Policy
+	}
+	return ""
+}
+
+func (x *Spec) GetParams() map[string]string {
+	if x != nil {
+		return x.Params
+	}
+	return nil
+}
+
+func (x *Spec) GetOnDeath() string {
+	if x != nil {
+		return x.OnDeath
+	}
+	return ""
+}
+
+func (x *Spec) GetRehearseEveryNs() int64 {
+	if x != nil {
+		return x.RehearseEveryNs
+	}
+	return 0
+}
+
+func (x *Spec) GetDirect() bool {
+	if x != nil {
+		return x.Direct
+	}
+	return false
+}
+
+func (x *Spec) GetParent() string {
+	if x != nil {
+		return x.Parent
+	}
+	return ""
+}
+
+func (x *Spec) GetFullEvery() int32 {
+	if x != nil && x.FullEvery != nil {
+		return *x.FullEvery
+	}
+	return 0
+}
+
+func (x *Spec) GetDedup() bool {
+	if x != nil {
+		return x.Dedup
+	}
+	return false
+}
+
+func (x *Spec) GetTenant() string {
+	if x != nil {
+		return x.Tenant
+	}
+	return ""
+}
+
+func (x *Spec) GetOverlayDir() string {
+	if x != nil {
+		return x.OverlayDir
+	}
+	return ""
+}
+
+type AttachRequest struct {
+	state         protoimpl.MessageState `protogen:"open.v1"`
+	QemuPid       int32                  `protobuf:"varint,1,opt,name=qemu_pid,json=qemuPid,proto3" json:"qemu_pid,omitempty"`
+	Spec          *Spec                  `protobuf:"bytes,2,opt,name=spec,proto3" json:"spec,omitempty"`
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *AttachRequest) Reset() {
+	*x = AttachRequest{}
+	mi := &file_agent_proto_msgTypes[6]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *AttachRequest) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*AttachRequest) ProtoMessage() {}
+
+func (x *AttachRequest) ProtoReflect() protoreflect.Message {
+	mi := &file_agent_proto_msgTypes[6]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use AttachRequest.ProtoReflect.Descriptor instead.
+func (*AttachRequest) Descriptor() ([]byte, []int) {
+	return file_agent_proto_rawDescGZIP(), []int{6}
+}
+
+func (x *AttachRequest) GetQemuPid() int32 {
+	if x != nil {
+		return x.QemuPid
+	}
+	return 0
+}
+
+func (x *AttachRequest) GetSpec() *Spec {
+	if x != nil {
+		return x.Spec
+	}
+	return nil
+}
+
+type AttachEvent struct {
+	state         protoimpl.MessageState `protogen:"open.v1"`
+	Step          string                 `protobuf:"bytes,1,opt,name=step,proto3" json:"step,omitempty"`
+	Protected     *VMStatus              `protobuf:"bytes,2,opt,name=protected,proto3" json:"protected,omitempty"` // in the last event
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *AttachEvent) Reset() {
+	*x = AttachEvent{}
+	mi := &file_agent_proto_msgTypes[7]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *AttachEvent) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*AttachEvent) ProtoMessage() {}
+
+func (x *AttachEvent) ProtoReflect() protoreflect.Message {
+	mi := &file_agent_proto_msgTypes[7]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use AttachEvent.ProtoReflect.Descriptor instead.
+func (*AttachEvent) Descriptor() ([]byte, []int) {
+	return file_agent_proto_rawDescGZIP(), []int{7}
+}
+
+func (x *AttachEvent) GetStep() string {
+	if x != nil {
+		return x.Step
+	}
+	return ""
+}
+
+func (x *AttachEvent) GetProtected() *VMStatus {
+	if x != nil {
+		return x.Protected
+	}
+	return nil
+}
+
+type TopRequest struct {
+	state         protoimpl.MessageState `protogen:"open.v1"`
+	IntervalNs    int64                  `protobuf:"varint,1,opt,name=interval_ns,json=intervalNs,proto3" json:"interval_ns,omitempty"`
+	Count         uint32                 `protobuf:"varint,2,opt,name=count,proto3" json:"count,omitempty"` // looks; 0: until the client goes
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *TopRequest) Reset() {
+	*x = TopRequest{}
+	mi := &file_agent_proto_msgTypes[8]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *TopRequest) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*TopRequest) ProtoMessage() {}
+
+func (x *TopRequest) ProtoReflect() protoreflect.Message {
+	mi := &file_agent_proto_msgTypes[8]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use TopRequest.ProtoReflect.Descriptor instead.
+func (*TopRequest) Descriptor() ([]byte, []int) {
+	return file_agent_proto_rawDescGZIP(), []int{8}
+}
+
+func (x *TopRequest) GetIntervalNs() int64 {
+	if x != nil {
+		return x.IntervalNs
+	}
+	return 0
+}
+
+func (x *TopRequest) GetCount() uint32 {
+	if x != nil {
+		return x.Count
+	}
+	return 0
+}
+
+type TopReply struct {
+	state         protoimpl.MessageState `protogen:"open.v1"`
+	Snapshot      string                 `protobuf:"bytes,1,opt,name=snapshot,proto3" json:"snapshot,omitempty"` // an object of `ckagent top --json`
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *TopReply) Reset() {
+	*x = TopReply{}
+	mi := &file_agent_proto_msgTypes[9]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *TopReply) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*TopReply) ProtoMessage() {}
+
+func (x *TopReply) ProtoReflect() protoreflect.Message {
+	mi := &file_agent_proto_msgTypes[9]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use TopReply.ProtoReflect.Descriptor instead.
+func (*TopReply) Descriptor() ([]byte, []int) {
+	return file_agent_proto_rawDescGZIP(), []int{9}
+}
+
+func (x *TopReply) GetSnapshot() string {
+	if x != nil {
+		return x.Snapshot
+	}
+	return ""
+}
+
 type Policy struct {
 	state      protoimpl.MessageState `protogen:"open.v1"`
 	Name       string                 `protobuf:"bytes,1,opt,name=name,proto3" json:"name,omitempty"`
@@ -293,7 +933,7 @@ type Policy struct {
 
 func (x *Policy) Reset() {
 	*x = Policy{}
-	mi := &file_agent_proto_msgTypes[3]
+	mi := &file_agent_proto_msgTypes[10]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -305,7 +945,7 @@ func (x *Policy) String() string {
 func (*Policy) ProtoMessage() {}
 
 func (x *Policy) ProtoReflect() protoreflect.Message {
-	mi := &file_agent_proto_msgTypes[3]
+	mi := &file_agent_proto_msgTypes[10]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -318,7 +958,7 @@ func (x *Policy) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use Policy.ProtoReflect.Descriptor instead.
 func (*Policy) Descriptor() ([]byte, []int) {
-	return file_agent_proto_rawDescGZIP(), []int{3}
+	return file_agent_proto_rawDescGZIP(), []int{10}
 }
 
 func (x *Policy) GetName() string {
@@ -401,7 +1041,7 @@ type Decision struct {
 
 func (x *Decision) Reset() {
 	*x = Decision{}
-	mi := &file_agent_proto_msgTypes[4]
+	mi := &file_agent_proto_msgTypes[11]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -413,7 +1053,7 @@ func (x *Decision) String() string {
 func (*Decision) ProtoMessage() {}
 
 func (x *Decision) ProtoReflect() protoreflect.Message {
-	mi := &file_agent_proto_msgTypes[4]
+	mi := &file_agent_proto_msgTypes[11]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -426,7 +1066,7 @@ func (x *Decision) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use Decision.ProtoReflect.Descriptor instead.
 func (*Decision) Descriptor() ([]byte, []int) {
-	return file_agent_proto_rawDescGZIP(), []int{4}
+	return file_agent_proto_rawDescGZIP(), []int{11}
 }
 
 func (x *Decision) GetMode() string {
@@ -501,7 +1141,7 @@ type CheckpointRequest struct {
 
 func (x *CheckpointRequest) Reset() {
 	*x = CheckpointRequest{}
-	mi := &file_agent_proto_msgTypes[5]
+	mi := &file_agent_proto_msgTypes[12]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -513,7 +1153,7 @@ func (x *CheckpointRequest) String() string {
 func (*CheckpointRequest) ProtoMessage() {}
 
 func (x *CheckpointRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_agent_proto_msgTypes[5]
+	mi := &file_agent_proto_msgTypes[12]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -526,7 +1166,7 @@ func (x *CheckpointRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use CheckpointRequest.ProtoReflect.Descriptor instead.
 func (*CheckpointRequest) Descriptor() ([]byte, []int) {
-	return file_agent_proto_rawDescGZIP(), []int{5}
+	return file_agent_proto_rawDescGZIP(), []int{12}
 }
 
 func (x *CheckpointRequest) GetVm() string {
@@ -547,7 +1187,7 @@ type CheckpointEvent struct {
 
 func (x *CheckpointEvent) Reset() {
 	*x = CheckpointEvent{}
-	mi := &file_agent_proto_msgTypes[6]
+	mi := &file_agent_proto_msgTypes[13]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -559,7 +1199,7 @@ func (x *CheckpointEvent) String() string {
 func (*CheckpointEvent) ProtoMessage() {}
 
 func (x *CheckpointEvent) ProtoReflect() protoreflect.Message {
-	mi := &file_agent_proto_msgTypes[6]
+	mi := &file_agent_proto_msgTypes[13]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -572,7 +1212,7 @@ func (x *CheckpointEvent) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use CheckpointEvent.ProtoReflect.Descriptor instead.
 func (*CheckpointEvent) Descriptor() ([]byte, []int) {
-	return file_agent_proto_rawDescGZIP(), []int{6}
+	return file_agent_proto_rawDescGZIP(), []int{13}
 }
 
 func (x *CheckpointEvent) GetStep() string {
@@ -605,13 +1245,22 @@ type Checkpoint struct {
 	PauseNs       int64                  `protobuf:"varint,5,opt,name=pause_ns,json=pauseNs,proto3" json:"pause_ns,omitempty"`
 	TotalNs       int64                  `protobuf:"varint,6,opt,name=total_ns,json=totalNs,proto3" json:"total_ns,omitempty"`
 	StoredBytes   uint64                 `protobuf:"varint,7,opt,name=stored_bytes,json=storedBytes,proto3" json:"stored_bytes,omitempty"`
+	QemuPid       int32                  `protobuf:"varint,8,opt,name=qemu_pid,json=qemuPid,proto3" json:"qemu_pid,omitempty"`
+	Parent        string                 `protobuf:"bytes,9,opt,name=parent,proto3" json:"parent,omitempty"`
+	RamBytes      uint64                 `protobuf:"varint,10,opt,name=ram_bytes,json=ramBytes,proto3" json:"ram_bytes,omitempty"`
+	PageBytes     uint64                 `protobuf:"varint,11,opt,name=page_bytes,json=pageBytes,proto3" json:"page_bytes,omitempty"`
+	Pages         uint64                 `protobuf:"varint,12,opt,name=pages,proto3" json:"pages,omitempty"`
+	ZeroPages     uint64                 `protobuf:"varint,13,opt,name=zero_pages,json=zeroPages,proto3" json:"zero_pages,omitempty"`
+	CapturedPages uint64                 `protobuf:"varint,14,opt,name=captured_pages,json=capturedPages,proto3" json:"captured_pages,omitempty"`
+	ArmNs         int64                  `protobuf:"varint,15,opt,name=arm_ns,json=armNs,proto3" json:"arm_ns,omitempty"`
+	DeviceStateNs int64                  `protobuf:"varint,16,opt,name=device_state_ns,json=deviceStateNs,proto3" json:"device_state_ns,omitempty"`
 	unknownFields protoimpl.UnknownFields
 	sizeCache     protoimpl.SizeCache
 }
 
 func (x *Checkpoint) Reset() {
 	*x = Checkpoint{}
-	mi := &file_agent_proto_msgTypes[7]
+	mi := &file_agent_proto_msgTypes[14]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -623,7 +1272,7 @@ func (x *Checkpoint) String() string {
 func (*Checkpoint) ProtoMessage() {}
 
 func (x *Checkpoint) ProtoReflect() protoreflect.Message {
-	mi := &file_agent_proto_msgTypes[7]
+	mi := &file_agent_proto_msgTypes[14]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -636,7 +1285,7 @@ func (x *Checkpoint) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use Checkpoint.ProtoReflect.Descriptor instead.
 func (*Checkpoint) Descriptor() ([]byte, []int) {
-	return file_agent_proto_rawDescGZIP(), []int{7}
+	return file_agent_proto_rawDescGZIP(), []int{14}
 }
 
 func (x *Checkpoint) GetId() string {
@@ -688,6 +1337,69 @@ func (x *Checkpoint) GetStoredBytes() uint64 {
 	return 0
 }
 
+func (x *Checkpoint) GetQemuPid() int32 {
+	if x != nil {
+		return x.QemuPid
+	}
+	return 0
+}
+
+func (x *Checkpoint) GetParent() string {
+	if x != nil {
+		return x.Parent
+	}
+	return ""
+}
+
+func (x *Checkpoint) GetRamBytes() uint64 {
+	if x != nil {
+		return x.RamBytes
+	}
+	return 0
+}
+
+func (x *Checkpoint) GetPageBytes() uint64 {
+	if x != nil {
+		return x.PageBytes
+	}
+	return 0
+}
+
+func (x *Checkpoint) GetPages() uint64 {
+	if x != nil {
+		return x.Pages
+	}
+	return 0
+}
+
+func (x *Checkpoint) GetZeroPages() uint64 {
+	if x != nil {
+		return x.ZeroPages
+	}
+	return 0
+}
+
+func (x *Checkpoint) GetCapturedPages() uint64 {
+	if x != nil {
+		return x.CapturedPages
+	}
+	return 0
+}
+
+func (x *Checkpoint) GetArmNs() int64 {
+	if x != nil {
+		return x.ArmNs
+	}
+	return 0
+}
+
+func (x *Checkpoint) GetDeviceStateNs() int64 {
+	if x != nil {
+		return x.DeviceStateNs
+	}
+	return 0
+}
+
 type SetPolicyRequest struct {
 	state         protoimpl.MessageState `protogen:"open.v1"`
 	Vm            string                 `protobuf:"bytes,1,opt,name=vm,proto3" json:"vm,omitempty"`
@@ -699,7 +1411,7 @@ type SetPolicyRequest struct {
 
 func (x *SetPolicyRequest) Reset() {
 	*x = SetPolicyRequest{}
-	mi := &file_agent_proto_msgTypes[8]
+	mi := &file_agent_proto_msgTypes[15]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -711,7 +1423,7 @@ func (x *SetPolicyRequest) String() string {
 func (*SetPolicyRequest) ProtoMessage() {}
 
 func (x *SetPolicyRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_agent_proto_msgTypes[8]
+	mi := &file_agent_proto_msgTypes[15]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -724,7 +1436,7 @@ func (x *SetPolicyRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use SetPolicyRequest.ProtoReflect.Descriptor instead.
 func (*SetPolicyRequest) Descriptor() ([]byte, []int) {
-	return file_agent_proto_rawDescGZIP(), []int{8}
+	return file_agent_proto_rawDescGZIP(), []int{15}
 }
 
 func (x *SetPolicyRequest) GetVm() string {
@@ -758,7 +1470,7 @@ type SetPolicyReply struct {
 
 func (x *SetPolicyReply) Reset() {
 	*x = SetPolicyReply{}
-	mi := &file_agent_proto_msgTypes[9]
+	mi := &file_agent_proto_msgTypes[16]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -770,7 +1482,7 @@ func (x *SetPolicyReply) String() string {
 func (*SetPolicyReply) ProtoMessage() {}
 
 func (x *SetPolicyReply) ProtoReflect() protoreflect.Message {
-	mi := &file_agent_proto_msgTypes[9]
+	mi := &file_agent_proto_msgTypes[16]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -783,7 +1495,7 @@ func (x *SetPolicyReply) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use SetPolicyReply.ProtoReflect.Descriptor instead.
 func (*SetPolicyReply) Descriptor() ([]byte, []int) {
-	return file_agent_proto_rawDescGZIP(), []int{9}
+	return file_agent_proto_rawDescGZIP(), []int{16}
 }
 
 func (x *SetPolicyReply) GetPolicy() *Policy {
@@ -809,7 +1521,7 @@ type CancelRequest struct {
 
 func (x *CancelRequest) Reset() {
 	*x = CancelRequest{}
-	mi := &file_agent_proto_msgTypes[10]
+	mi := &file_agent_proto_msgTypes[17]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -821,7 +1533,7 @@ func (x *CancelRequest) String() string {
 func (*CancelRequest) ProtoMessage() {}
 
 func (x *CancelRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_agent_proto_msgTypes[10]
+	mi := &file_agent_proto_msgTypes[17]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -834,7 +1546,7 @@ func (x *CancelRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use CancelRequest.ProtoReflect.Descriptor instead.
 func (*CancelRequest) Descriptor() ([]byte, []int) {
-	return file_agent_proto_rawDescGZIP(), []int{10}
+	return file_agent_proto_rawDescGZIP(), []int{17}
 }
 
 func (x *CancelRequest) GetVm() string {
@@ -853,7 +1565,7 @@ type CancelReply struct {
 
 func (x *CancelReply) Reset() {
 	*x = CancelReply{}
-	mi := &file_agent_proto_msgTypes[11]
+	mi := &file_agent_proto_msgTypes[18]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -865,7 +1577,7 @@ func (x *CancelReply) String() string {
 func (*CancelReply) ProtoMessage() {}
 
 func (x *CancelReply) ProtoReflect() protoreflect.Message {
-	mi := &file_agent_proto_msgTypes[11]
+	mi := &file_agent_proto_msgTypes[18]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -878,7 +1590,7 @@ func (x *CancelReply) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use CancelReply.ProtoReflect.Descriptor instead.
 func (*CancelReply) Descriptor() ([]byte, []int) {
-	return file_agent_proto_rawDescGZIP(), []int{11}
+	return file_agent_proto_rawDescGZIP(), []int{18}
 }
 
 func (x *CancelReply) GetCancelled() bool {
@@ -897,7 +1609,7 @@ type DetachRequest struct {
 
 func (x *DetachRequest) Reset() {
 	*x = DetachRequest{}
-	mi := &file_agent_proto_msgTypes[12]
+	mi := &file_agent_proto_msgTypes[19]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -909,7 +1621,7 @@ func (x *DetachRequest) String() string {
 func (*DetachRequest) ProtoMessage() {}
 
 func (x *DetachRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_agent_proto_msgTypes[12]
+	mi := &file_agent_proto_msgTypes[19]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -922,7 +1634,7 @@ func (x *DetachRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use DetachRequest.ProtoReflect.Descriptor instead.
 func (*DetachRequest) Descriptor() ([]byte, []int) {
-	return file_agent_proto_rawDescGZIP(), []int{12}
+	return file_agent_proto_rawDescGZIP(), []int{19}
 }
 
 func (x *DetachRequest) GetVm() string {
@@ -940,7 +1652,7 @@ type DetachReply struct {
 
 func (x *DetachReply) Reset() {
 	*x = DetachReply{}
-	mi := &file_agent_proto_msgTypes[13]
+	mi := &file_agent_proto_msgTypes[20]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -952,7 +1664,7 @@ func (x *DetachReply) String() string {
 func (*DetachReply) ProtoMessage() {}
 
 func (x *DetachReply) ProtoReflect() protoreflect.Message {
-	mi := &file_agent_proto_msgTypes[13]
+	mi := &file_agent_proto_msgTypes[20]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -965,7 +1677,7 @@ func (x *DetachReply) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use DetachReply.ProtoReflect.Descriptor instead.
 func (*DetachReply) Descriptor() ([]byte, []int) {
-	return file_agent_proto_rawDescGZIP(), []int{13}
+	return file_agent_proto_rawDescGZIP(), []int{20}
 }
 
 // Problem is an error as operators see it.
@@ -983,7 +1695,7 @@ type Problem struct {
 
 func (x *Problem) Reset() {
 	*x = Problem{}
-	mi := &file_agent_proto_msgTypes[14]
+	mi := &file_agent_proto_msgTypes[21]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -995,7 +1707,7 @@ func (x *Problem) String() string {
 func (*Problem) ProtoMessage() {}
 
 func (x *Problem) ProtoReflect() protoreflect.Message {
-	mi := &file_agent_proto_msgTypes[14]
+	mi := &file_agent_proto_msgTypes[21]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1008,7 +1720,7 @@ func (x *Problem) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use Problem.ProtoReflect.Descriptor instead.
 func (*Problem) Descriptor() ([]byte, []int) {
-	return file_agent_proto_rawDescGZIP(), []int{14}
+	return file_agent_proto_rawDescGZIP(), []int{21}
 }
 
 func (x *Problem) GetCode() string {
@@ -1061,7 +1773,7 @@ const file_agent_proto_rawDesc = "" +
 	"\rStatusRequest\x12\x0e\n" +
 	"\x02vm\x18\x01 \x01(\tR\x02vm\";\n" +
 	"\vStatusReply\x12,\n" +
-	"\x03vms\x18\x01 \x03(\v2\x1a.ckagent.agent.v1.VMStatusR\x03vms\"\xed\x03\n" +
+	"\x03vms\x18\x01 \x03(\v2\x1a.ckagent.agent.v1.VMStatusR\x03vms\"\x89\x05\n" +
 	"\bVMStatus\x12\x0e\n" +
 	"\x02vm\x18\x01 \x01(\tR\x02vm\x12\x19\n" +
 	"\bqemu_pid\x18\x02 \x01(\x05R\aqemuPid\x12\x14\n" +
@@ -1080,7 +1792,77 @@ const file_agent_proto_rawDesc = "" +
 	"\vcheckpoints\x18\r \x01(\x04R\vcheckpoints\x12\x1a\n" +
 	"\bfailures\x18\x0e \x01(\x04R\bfailures\x12\x1d\n" +
 	"\n" +
-	"last_error\x18\x0f \x01(\tR\tlastError\"\xc3\x02\n" +
+	"last_error\x18\x0f \x01(\tR\tlastError\x12.\n" +
+	"\x05ended\x18\x10 \x01(\v2\x18.ckagent.agent.v1.EndingR\x05ended\x129\n" +
+	"\trehearsal\x18\x11 \x01(\v2\x1b.ckagent.agent.v1.RehearsalR\trehearsal\x12\x14\n" +
+	"\x05store\x18\x12 \x01(\tR\x05store\x12\x19\n" +
+	"\bon_death\x18\x13 \x01(\tR\aonDeath\"G\n" +
+	"\x06Ending\x12\x10\n" +
+	"\x03how\x18\x01 \x01(\tR\x03how\x12\x16\n" +
+	"\x06detail\x18\x02 \x01(\tR\x06detail\x12\x13\n" +
+	"\x05at_ns\x18\x03 \x01(\x03R\x04atNs\"u\n" +
+	"\tRehearsal\x12\x13\n" +
+	"\x05at_ns\x18\x01 \x01(\x03R\x04atNs\x12\x0e\n" +
+	"\x02ok\x18\x02 \x01(\bR\x02ok\x12\x0e\n" +
+	"\x02id\x18\x03 \x01(\tR\x02id\x12\x1d\n" +
+	"\n" +
+	"running_ns\x18\x04 \x01(\x03R\trunningNs\x12\x14\n" +
+	"\x05error\x18\x05 \x01(\tR\x05error\"\xd8\a\n" +
+	"\x04Spec\x12\x12\n" +
+	"\x04name\x18\x01 \x01(\tR\x04name\x12\x10\n" +
+	"\x03qmp\x18\x02 \x01(\tR\x03qmp\x12\x14\n" +
+	"\x05store\x18\x03 \x01(\tR\x05store\x12\x12\n" +
+	"\x04mode\x18\x04 \x01(\tR\x04mode\x12\x16\n" +
+	"\x06engine\x18\x05 \x01(\tR\x06engine\x12\x1a\n" +
+	"\bcompress\x18\x06 \x01(\tR\bcompress\x12 \n" +
+	"\tkeep_last\x18\a \x01(\x05H\x00R\bkeepLast\x88\x01\x01\x12 \n" +
+	"\fmax_stall_ns\x18\b \x01(\x03R\n" +
+	"maxStallNs\x12$\n" +
+	"\x0emin_free_bytes\x18\t \x01(\x04R\fminFreeBytes\x12\x1f\n" +
+	"\varena_bytes\x18\n" +
+	" \x01(\x04R\n" +
+	"arenaBytes\x12!\n" +
+	"\fbuffer_bytes\x18\v \x01(\x04R\vbufferBytes\x12\x14\n" +
+	"\x05disks\x18\f \x01(\tR\x05disks\x12(\n" +
+	"\x10disk_speed_bytes\x18\r \x01(\x04R\x0ediskSpeedBytes\x12*\n" +
+	"\x11disk_memory_bytes\x18\x0e \x01(\x04R\x0fdiskMemoryBytes\x12\x19\n" +
+	"\bpre_hook\x18\x0f \x01(\tR\apreHook\x12\x1b\n" +
+	"\tpost_hook\x18\x10 \x01(\tR\bpostHook\x12&\n" +
+	"\x0fhook_timeout_ns\x18\x11 \x01(\x03R\rhookTimeoutNs\x12\x1b\n" +
+	"\tfreeze_ns\x18\x12 \x01(\x03R\bfreezeNs\x12\x1f\n" +
+	"\vinterval_ns\x18\x13 \x01(\x03R\n" +
+	"intervalNs\x12\x16\n" +
+	"\x06policy\x18\x14 \x01(\tR\x06policy\x12:\n" +
+	"\x06params\x18\x15 \x03(\v2\".ckagent.agent.v1.Spec.ParamsEntryR\x06params\x12\x19\n" +
+	"\bon_death\x18\x16 \x01(\tR\aonDeath\x12*\n" +
+	"\x11rehearse_every_ns\x18\x17 \x01(\x03R\x0frehearseEveryNs\x12\x16\n" +
+	"\x06direct\x18\x18 \x01(\bR\x06direct\x12\x16\n" +
+	"\x06parent\x18\x19 \x01(\tR\x06parent\x12\"\n" +
+	"\n" +
+	"full_every\x18\x1a \x01(\x05H\x01R\tfullEvery\x88\x01\x01\x12\x14\n" +
+	"\x05dedup\x18\x1b \x01(\bR\x05dedup\x12\x16\n" +
+	"\x06tenant\x18\x1c \x01(\tR\x06tenant\x12\x1f\n" +
+	"\voverlay_dir\x18\x1d \x01(\tR\n" +
+	"overlayDir\x1a9\n" +
+	"\vParamsEntry\x12\x10\n" +
+	"\x03key\x18\x01 \x01(\tR\x03key\x12\x14\n" +
+	"\x05value\x18\x02 \x01(\tR\x05value:\x028\x01B\f\n" +
+	"\n" +
+	"_keep_lastB\r\n" +
+	"\v_full_every\"V\n" +
+	"\rAttachRequest\x12\x19\n" +
+	"\bqemu_pid\x18\x01 \x01(\x05R\aqemuPid\x12*\n" +
+	"\x04spec\x18\x02 \x01(\v2\x16.ckagent.agent.v1.SpecR\x04spec\"[\n" +
+	"\vAttachEvent\x12\x12\n" +
+	"\x04step\x18\x01 \x01(\tR\x04step\x128\n" +
+	"\tprotected\x18\x02 \x01(\v2\x1a.ckagent.agent.v1.VMStatusR\tprotected\"C\n" +
+	"\n" +
+	"TopRequest\x12\x1f\n" +
+	"\vinterval_ns\x18\x01 \x01(\x03R\n" +
+	"intervalNs\x12\x14\n" +
+	"\x05count\x18\x02 \x01(\rR\x05count\"&\n" +
+	"\bTopReply\x12\x1a\n" +
+	"\bsnapshot\x18\x01 \x01(\tR\bsnapshot\"\xc3\x02\n" +
 	"\x06Policy\x12\x12\n" +
 	"\x04name\x18\x01 \x01(\tR\x04name\x12\x12\n" +
 	"\x04path\x18\x02 \x01(\tR\x04path\x12\x1e\n" +
@@ -1114,7 +1896,7 @@ const file_agent_proto_rawDesc = "" +
 	"\x0fCheckpointEvent\x12\x12\n" +
 	"\x04step\x18\x01 \x01(\tR\x04step\x12\x16\n" +
 	"\x06detail\x18\x02 \x01(\tR\x06detail\x122\n" +
-	"\x05taken\x18\x03 \x01(\v2\x1c.ckagent.agent.v1.CheckpointR\x05taken\"\xb1\x01\n" +
+	"\x05taken\x18\x03 \x01(\v2\x1c.ckagent.agent.v1.CheckpointR\x05taken\"\xbb\x03\n" +
 	"\n" +
 	"Checkpoint\x12\x0e\n" +
 	"\x02id\x18\x01 \x01(\tR\x02id\x12\x0e\n" +
@@ -1123,7 +1905,19 @@ const file_agent_proto_rawDesc = "" +
 	"\x06engine\x18\x04 \x01(\tR\x06engine\x12\x19\n" +
 	"\bpause_ns\x18\x05 \x01(\x03R\apauseNs\x12\x19\n" +
 	"\btotal_ns\x18\x06 \x01(\x03R\atotalNs\x12!\n" +
-	"\fstored_bytes\x18\a \x01(\x04R\vstoredBytes\"\xbd\x01\n" +
+	"\fstored_bytes\x18\a \x01(\x04R\vstoredBytes\x12\x19\n" +
+	"\bqemu_pid\x18\b \x01(\x05R\aqemuPid\x12\x16\n" +
+	"\x06parent\x18\t \x01(\tR\x06parent\x12\x1b\n" +
+	"\tram_bytes\x18\n" +
+	" \x01(\x04R\bramBytes\x12\x1d\n" +
+	"\n" +
+	"page_bytes\x18\v \x01(\x04R\tpageBytes\x12\x14\n" +
+	"\x05pages\x18\f \x01(\x04R\x05pages\x12\x1d\n" +
+	"\n" +
+	"zero_pages\x18\r \x01(\x04R\tzeroPages\x12%\n" +
+	"\x0ecaptured_pages\x18\x0e \x01(\x04R\rcapturedPages\x12\x15\n" +
+	"\x06arm_ns\x18\x0f \x01(\x03R\x05armNs\x12&\n" +
+	"\x0fdevice_state_ns\x18\x10 \x01(\x03R\rdeviceStateNs\"\xbd\x01\n" +
 	"\x10SetPolicyRequest\x12\x0e\n" +
 	"\x02vm\x18\x01 \x01(\tR\x02vm\x12\x16\n" +
 	"\x06policy\x18\x02 \x01(\tR\x06policy\x12F\n" +
@@ -1147,9 +1941,11 @@ const file_agent_proto_rawDesc = "" +
 	"\x06object\x18\x03 \x01(\tR\x06object\x12\x14\n" +
 	"\x05cause\x18\x04 \x01(\tR\x05cause\x12\x12\n" +
 	"\x04hint\x18\x05 \x01(\tR\x04hint\x12\x1c\n" +
-	"\tretryable\x18\x06 \x01(\bR\tretryable2\x90\x03\n" +
+	"\tretryable\x18\x06 \x01(\bR\tretryable2\x9f\x04\n" +
 	"\x05Agent\x12H\n" +
-	"\x06Status\x12\x1f.ckagent.agent.v1.StatusRequest\x1a\x1d.ckagent.agent.v1.StatusReply\x12V\n" +
+	"\x06Status\x12\x1f.ckagent.agent.v1.StatusRequest\x1a\x1d.ckagent.agent.v1.StatusReply\x12J\n" +
+	"\x06Attach\x12\x1f.ckagent.agent.v1.AttachRequest\x1a\x1d.ckagent.agent.v1.AttachEvent0\x01\x12A\n" +
+	"\x03Top\x12\x1c.ckagent.agent.v1.TopRequest\x1a\x1a.ckagent.agent.v1.TopReply0\x01\x12V\n" +
 	"\n" +
 	"Checkpoint\x12#.ckagent.agent.v1.CheckpointRequest\x1a!.ckagent.agent.v1.CheckpointEvent0\x01\x12Q\n" +
 	"\tSetPolicy\x12\".ckagent.agent.v1.SetPolicyRequest\x1a .ckagent.agent.v1.SetPolicyReply\x12H\n" +
@@ -1168,50 +1964,67 @@ func file_agent_proto_rawDescGZIP() []byte {
 	return file_agent_proto_rawDescData
 }
 
-var file_agent_proto_msgTypes = make([]protoimpl.MessageInfo, 17)
+var file_agent_proto_msgTypes = make([]protoimpl.MessageInfo, 25)
 var file_agent_proto_goTypes = []any{
 	(*StatusRequest)(nil),     // 0: ckagent.agent.v1.StatusRequest
 	(*StatusReply)(nil),       // 1: ckagent.agent.v1.StatusReply
 	(*VMStatus)(nil),          // 2: ckagent.agent.v1.VMStatus
-	(*Policy)(nil),            // 3: ckagent.agent.v1.Policy
-	(*Decision)(nil),          // 4: ckagent.agent.v1.Decision
-	(*CheckpointRequest)(nil), // 5: ckagent.agent.v1.CheckpointRequest
-	(*CheckpointEvent)(nil),   // 6: ckagent.agent.v1.CheckpointEvent
-	(*Checkpoint)(nil),        // 7: ckagent.agent.v1.Checkpoint
-	(*SetPolicyRequest)(nil),  // 8: ckagent.agent.v1.SetPolicyRequest
-	(*SetPolicyReply)(nil),    // 9: ckagent.agent.v1.SetPolicyReply
-	(*CancelRequest)(nil),     // 10: ckagent.agent.v1.CancelRequest
-	(*CancelReply)(nil),       // 11: ckagent.agent.v1.CancelReply
-	(*DetachRequest)(nil),     // 12: ckagent.agent.v1.DetachRequest
-	(*DetachReply)(nil),       // 13: ckagent.agent.v1.DetachReply
-	(*Problem)(nil),           // 14: ckagent.agent.v1.Problem
-	nil,                       // 15: ckagent.agent.v1.Policy.ParamsEntry
-	nil,                       // 16: ckagent.agent.v1.SetPolicyRequest.ParamsEntry
+	(*Ending)(nil),            // 3: ckagent.agent.v1.Ending
+	(*Rehearsal)(nil),         // 4: ckagent.agent.v1.Rehearsal
+	(*Spec)(nil),              // 5: ckagent.agent.v1.Spec
+	(*AttachRequest)(nil),     // 6: ckagent.agent.v1.AttachRequest
+	(*AttachEvent)(nil),       // 7: ckagent.agent.v1.AttachEvent
+	(*TopRequest)(nil),        // 8: ckagent.agent.v1.TopRequest
+	(*TopReply)(nil),          // 9: ckagent.agent.v1.TopReply
+	(*Policy)(nil),            // 10: ckagent.agent.v1.Policy
+	(*Decision)(nil),          // 11: ckagent.agent.v1.Decision
+	(*CheckpointRequest)(nil), // 12: ckagent.agent.v1.CheckpointRequest
+	(*CheckpointEvent)(nil),   // 13: ckagent.agent.v1.CheckpointEvent
+	(*Checkpoint)(nil),        // 14: ckagent.agent.v1.Checkpoint
+	(*SetPolicyRequest)(nil),  // 15: ckagent.agent.v1.SetPolicyRequest
+	(*SetPolicyReply)(nil),    // 16: ckagent.agent.v1.SetPolicyReply
+	(*CancelRequest)(nil),     // 17: ckagent.agent.v1.CancelRequest
+	(*CancelReply)(nil),       // 18: ckagent.agent.v1.CancelReply
+	(*DetachRequest)(nil),     // 19: ckagent.agent.v1.DetachRequest
+	(*DetachReply)(nil),       // 20: ckagent.agent.v1.DetachReply
+	(*Problem)(nil),           // 21: ckagent.agent.v1.Problem
+	nil,                       // 22: ckagent.agent.v1.Spec.ParamsEntry
+	nil,                       // 23: ckagent.agent.v1.Policy.ParamsEntry
+	nil,                       // 24: ckagent.agent.v1.SetPolicyRequest.ParamsEntry
 }
 var file_agent_proto_depIdxs = []int32{
 	2,  // 0: ckagent.agent.v1.StatusReply.vms:type_name -> ckagent.agent.v1.VMStatus
-	3,  // 1: ckagent.agent.v1.VMStatus.policy:type_name -> ckagent.agent.v1.Policy
-	4,  // 2: ckagent.agent.v1.VMStatus.decision:type_name -> ckagent.agent.v1.Decision
-	15, // 3: ckagent.agent.v1.Policy.params:type_name -> ckagent.agent.v1.Policy.ParamsEntry
-	7,  // 4: ckagent.agent.v1.CheckpointEvent.taken:type_name -> ckagent.agent.v1.Checkpoint
-	16, // 5: ckagent.agent.v1.SetPolicyRequest.params:type_name -> ckagent.agent.v1.SetPolicyRequest.ParamsEntry
-	3,  // 6: ckagent.agent.v1.SetPolicyReply.policy:type_name -> ckagent.agent.v1.Policy
-	4,  // 7: ckagent.agent.v1.SetPolicyReply.decision:type_name -> ckagent.agent.v1.Decision
-	0,  // 8: ckagent.agent.v1.Agent.Status:input_type -> ckagent.agent.v1.StatusRequest
-	5,  // 9: ckagent.agent.v1.Agent.Checkpoint:input_type -> ckagent.agent.v1.CheckpointRequest
-	8,  // 10: ckagent.agent.v1.Agent.SetPolicy:input_type -> ckagent.agent.v1.SetPolicyRequest
-	10, // 11: ckagent.agent.v1.Agent.Cancel:input_type -> ckagent.agent.v1.CancelRequest
-	12, // 12: ckagent.agent.v1.Agent.Detach:input_type -> ckagent.agent.v1.DetachRequest
-	1,  // 13: ckagent.agent.v1.Agent.Status:output_type -> ckagent.agent.v1.StatusReply
-	6,  // 14: ckagent.agent.v1.Agent.Checkpoint:output_type -> ckagent.agent.v1.CheckpointEvent
-	9,  // 15: ckagent.agent.v1.Agent.SetPolicy:output_type -> ckagent.agent.v1.SetPolicyReply
-	11, // 16: ckagent.agent.v1.Agent.Cancel:output_type -> ckagent.agent.v1.CancelReply
-	13, // 17: ckagent.agent.v1.Agent.Detach:output_type -> ckagent.agent.v1.DetachReply
-	13, // [13:18] is the sub-list for method output_type
-	8,  // [8:13] is the sub-list for method input_type
-	8,  // [8:8] is the sub-list for extension type_name
-	8,  // [8:8] is the sub-list for extension extendee
-	0,  // [0:8] is the sub-list for field type_name
+	10, // 1: ckagent.agent.v1.VMStatus.policy:type_name -> ckagent.agent.v1.Policy
+	11, // 2: ckagent.agent.v1.VMStatus.decision:type_name -> ckagent.agent.v1.Decision
+	3,  // 3: ckagent.agent.v1.VMStatus.ended:type_name -> ckagent.agent.v1.Ending
+	4,  // 4: ckagent.agent.v1.VMStatus.rehearsal:type_name -> ckagent.agent.v1.Rehearsal
+	22, // 5: ckagent.agent.v1.Spec.params:type_name -> ckagent.agent.v1.Spec.ParamsEntry
+	5,  // 6: ckagent.agent.v1.AttachRequest.spec:type_name -> ckagent.agent.v1.Spec
+	2,  // 7: ckagent.agent.v1.AttachEvent.protected:type_name -> ckagent.agent.v1.VMStatus
+	23, // 8: ckagent.agent.v1.Policy.params:type_name -> ckagent.agent.v1.Policy.ParamsEntry
+	14, // 9: ckagent.agent.v1.CheckpointEvent.taken:type_name -> ckagent.agent.v1.Checkpoint
+	24, // 10: ckagent.agent.v1.SetPolicyRequest.params:type_name -> ckagent.agent.v1.SetPolicyRequest.ParamsEntry
+	10, // 11: ckagent.agent.v1.SetPolicyReply.policy:type_name -> ckagent.agent.v1.Policy
+	11, // 12: ckagent.agent.v1.SetPolicyReply.decision:type_name -> ckagent.agent.v1.Decision
+	0,  // 13: ckagent.agent.v1.Agent.Status:input_type -> ckagent.agent.v1.StatusRequest
+	6,  // 14: ckagent.agent.v1.Agent.Attach:input_type -> ckagent.agent.v1.AttachRequest
+	8,  // 15: ckagent.agent.v1.Agent.Top:input_type -> ckagent.agent.v1.TopRequest
+	12, // 16: ckagent.agent.v1.Agent.Checkpoint:input_type -> ckagent.agent.v1.CheckpointRequest
+	15, // 17: ckagent.agent.v1.Agent.SetPolicy:input_type -> ckagent.agent.v1.SetPolicyRequest
+	17, // 18: ckagent.agent.v1.Agent.Cancel:input_type -> ckagent.agent.v1.CancelRequest
+	19, // 19: ckagent.agent.v1.Agent.Detach:input_type -> ckagent.agent.v1.DetachRequest
+	1,  // 20: ckagent.agent.v1.Agent.Status:output_type -> ckagent.agent.v1.StatusReply
+	7,  // 21: ckagent.agent.v1.Agent.Attach:output_type -> ckagent.agent.v1.AttachEvent
+	9,  // 22: ckagent.agent.v1.Agent.Top:output_type -> ckagent.agent.v1.TopReply
+	13, // 23: ckagent.agent.v1.Agent.Checkpoint:output_type -> ckagent.agent.v1.CheckpointEvent
+	16, // 24: ckagent.agent.v1.Agent.SetPolicy:output_type -> ckagent.agent.v1.SetPolicyReply
+	18, // 25: ckagent.agent.v1.Agent.Cancel:output_type -> ckagent.agent.v1.CancelReply
+	20, // 26: ckagent.agent.v1.Agent.Detach:output_type -> ckagent.agent.v1.DetachReply
+	20, // [20:27] is the sub-list for method output_type
+	13, // [13:20] is the sub-list for method input_type
+	13, // [13:13] is the sub-list for extension type_name
+	13, // [13:13] is the sub-list for extension extendee
+	0,  // [0:13] is the sub-list for field type_name
 }
 
 func init() { file_agent_proto_init() }
@@ -1219,13 +2032,14 @@ func file_agent_proto_init() {
 	if File_agent_proto != nil {
 		return
 	}
+	file_agent_proto_msgTypes[5].OneofWrappers = []any{}
 	type x struct{}
 	out := protoimpl.TypeBuilder{
 		File: protoimpl.DescBuilder{
 			GoPackagePath: reflect.TypeOf(x{}).PkgPath(),
 			RawDescriptor: unsafe.Slice(unsafe.StringData(file_agent_proto_rawDesc), len(file_agent_proto_rawDesc)),
 			NumEnums:      0,
-			NumMessages:   17,
+			NumMessages:   25,
 			NumExtensions: 0,
 			NumServices:   1,
 		},

@@ -30,6 +30,8 @@ const _ = grpc.SupportPackageIsVersion9
 
 const (
 	Agent_Status_FullMethodName     = "/ckagent.agent.v1.Agent/Status"
+	Agent_Attach_FullMethodName     = "/ckagent.agent.v1.Agent/Attach"
+	Agent_Top_FullMethodName        = "/ckagent.agent.v1.Agent/Top"
 	Agent_Checkpoint_FullMethodName = "/ckagent.agent.v1.Agent/Checkpoint"
 	Agent_SetPolicy_FullMethodName  = "/ckagent.agent.v1.Agent/SetPolicy"
 	Agent_Cancel_FullMethodName     = "/ckagent.agent.v1.Agent/Cancel"
@@ -44,6 +46,12 @@ const (
 // empty name is that one. Errors carry a Problem as a detail of their status.
 type AgentClient interface {
 	Status(ctx context.Context, in *StatusRequest, opts ...grpc.CallOption) (*StatusReply, error)
+	// Attach protects a VM from now on, until it is detached or ends. The stream tells of
+	// its steps and ends with the VM's status once it is protected, which is before its
+	// first checkpoint. Only the daemon has it.
+	Attach(ctx context.Context, in *AttachRequest, opts ...grpc.CallOption) (grpc.ServerStreamingClient[AttachEvent], error)
+	// Top looks at the VMs that are protected, again and again. Only the daemon has it.
+	Top(ctx context.Context, in *TopRequest, opts ...grpc.CallOption) (grpc.ServerStreamingClient[TopReply], error)
 	// Checkpoint takes one now, whatever the policy says. The stream ends with the one
 	// that was taken.
 	Checkpoint(ctx context.Context, in *CheckpointRequest, opts ...grpc.CallOption) (grpc.ServerStreamingClient[CheckpointEvent], error)
@@ -74,9 +82,47 @@ func (c *agentClient) Status(ctx context.Context, in *StatusRequest, opts ...grp
 	return out, nil
 }
 
+func (c *agentClient) Attach(ctx context.Context, in *AttachRequest, opts ...grpc.CallOption) (grpc.ServerStreamingClient[AttachEvent], error) {
+	cOpts := append([]grpc.CallOption{grpc.StaticMethod()}, opts...)
+	stream, err := c.cc.NewStream(ctx, &Agent_ServiceDesc.Streams[0], Agent_Attach_FullMethodName, cOpts...)
+	if err != nil {
+		return nil, err
+	}
+	x := &grpc.GenericClientStream[AttachRequest, AttachEvent]{ClientStream: stream}
+	if err := x.ClientStream.SendMsg(in); err != nil {
+		return nil, err
+	}
+	if err := x.ClientStream.CloseSend(); err != nil {
+		return nil, err
+	}
+	return x, nil
+}
+
+// This type alias is provided for backwards compatibility with existing code that references the prior non-generic stream type by name.
+type Agent_AttachClient = grpc.ServerStreamingClient[AttachEvent]
+
+func (c *agentClient) Top(ctx context.Context, in *TopRequest, opts ...grpc.CallOption) (grpc.ServerStreamingClient[TopReply], error) {
+	cOpts := append([]grpc.CallOption{grpc.StaticMethod()}, opts...)
+	stream, err := c.cc.NewStream(ctx, &Agent_ServiceDesc.Streams[1], Agent_Top_FullMethodName, cOpts...)
+	if err != nil {
+		return nil, err
+	}
+	x := &grpc.GenericClientStream[TopRequest, TopReply]{ClientStream: stream}
+	if err := x.ClientStream.SendMsg(in); err != nil {
+		return nil, err
+	}
+	if err := x.ClientStream.CloseSend(); err != nil {
+		return nil, err
+	}
+	return x, nil
+}
+
+// This type alias is provided for backwards compatibility with existing code that references the prior non-generic stream type by name.
+type Agent_TopClient = grpc.ServerStreamingClient[TopReply]
+
 func (c *agentClient) Checkpoint(ctx context.Context, in *CheckpointRequest, opts ...grpc.CallOption) (grpc.ServerStreamingClient[CheckpointEvent], error) {
 	cOpts := append([]grpc.CallOption{grpc.StaticMethod()}, opts...)
-	stream, err := c.cc.NewStream(ctx, &Agent_ServiceDesc.Streams[0], Agent_Checkpoint_FullMethodName, cOpts...)
+	stream, err := c.cc.NewStream(ctx, &Agent_ServiceDesc.Streams[2], Agent_Checkpoint_FullMethodName, cOpts...)
 	if err != nil {
 		return nil, err
 	}
@@ -131,6 +177,12 @@ func (c *agentClient) Detach(ctx context.Context, in *DetachRequest, opts ...grp
 // empty name is that one. Errors carry a Problem as a detail of their status.
 type AgentServer interface {
 	Status(context.Context, *StatusRequest) (*StatusReply, error)
+	// Attach protects a VM from now on, until it is detached or ends. The stream tells of
+	// its steps and ends with the VM's status once it is protected, which is before its
+	// first checkpoint. Only the daemon has it.
+	Attach(*AttachRequest, grpc.ServerStreamingServer[AttachEvent]) error
+	// Top looks at the VMs that are protected, again and again. Only the daemon has it.
+	Top(*TopRequest, grpc.ServerStreamingServer[TopReply]) error
 	// Checkpoint takes one now, whatever the policy says. The stream ends with the one
 	// that was taken.
 	Checkpoint(*CheckpointRequest, grpc.ServerStreamingServer[CheckpointEvent]) error
@@ -153,6 +205,12 @@ type UnimplementedAgentServer struct{}
 
 func (UnimplementedAgentServer) Status(context.Context, *StatusRequest) (*StatusReply, error) {
 	return nil, status.Error(codes.Unimplemented, "method Status not implemented")
+}
+func (UnimplementedAgentServer) Attach(*AttachRequest, grpc.ServerStreamingServer[AttachEvent]) error {
+	return status.Error(codes.Unimplemented, "method Attach not implemented")
+}
+func (UnimplementedAgentServer) Top(*TopRequest, grpc.ServerStreamingServer[TopReply]) error {
+	return status.Error(codes.Unimplemented, "method Top not implemented")
 }
 func (UnimplementedAgentServer) Checkpoint(*CheckpointRequest, grpc.ServerStreamingServer[CheckpointEvent]) error {
 	return status.Error(codes.Unimplemented, "method Checkpoint not implemented")
@@ -204,6 +262,28 @@ func _Agent_Status_Handler(srv interface{}, ctx context.Context, dec func(interf
 	}
 	return interceptor(ctx, in, info, handler)
 }
+
+func _Agent_Attach_Handler(srv interface{}, stream grpc.ServerStream) error {
+	m := new(AttachRequest)
+	if err := stream.RecvMsg(m); err != nil {
+		return err
+	}
+	return srv.(AgentServer).Attach(m, &grpc.GenericServerStream[AttachRequest, AttachEvent]{ServerStream: stream})
+}
+
+// This type alias is provided for backwards compatibility with existing code that references the prior non-generic stream type by name.
+type Agent_AttachServer = grpc.ServerStreamingServer[AttachEvent]
+
+func _Agent_Top_Handler(srv interface{}, stream grpc.ServerStream) error {
+	m := new(TopRequest)
+	if err := stream.RecvMsg(m); err != nil {
+		return err
+	}
+	return srv.(AgentServer).Top(m, &grpc.GenericServerStream[TopRequest, TopReply]{ServerStream: stream})
+}
+
+// This type alias is provided for backwards compatibility with existing code that references the prior non-generic stream type by name.
+type Agent_TopServer = grpc.ServerStreamingServer[TopReply]
 
 func _Agent_Checkpoint_Handler(srv interface{}, stream grpc.ServerStream) error {
 	m := new(CheckpointRequest)
@@ -295,6 +375,16 @@ var Agent_ServiceDesc = grpc.ServiceDesc{
 		},
 	},
 	Streams: []grpc.StreamDesc{
+		{
+			StreamName:    "Attach",
+			Handler:       _Agent_Attach_Handler,
+			ServerStreams: true,
+		},
+		{
+			StreamName:    "Top",
+			Handler:       _Agent_Top_Handler,
+			ServerStreams: true,
+		},
 		{
 			StreamName:    "Checkpoint",
 			Handler:       _Agent_Checkpoint_Handler,

@@ -1,0 +1,31 @@
+// Package daemon is the agent of a host: it protects many VMs, each by an
+// agent.Protector, answers on control sockets, and keeps on disk what it protects.
+//
+// # Life cycle
+//
+// New reads the state directory and takes its lock; Run takes up the VMs found there,
+// serves until its context ends, and lets go of every VM. A VM's record is written
+// before it is attached to and removed when somebody detaches it, so whatever instant
+// the daemon is killed at, the next one takes up the same VMs. Nothing of the daemon is
+// in a QEMU meanwhile: what a checkpoint under way had put there is removed by its
+// guardian.
+//
+// # Limits
+//
+// At most Limits.Checkpoints checkpoints are under way at a time, in the order in which
+// they were wanted; a VM waits with one at a time, so between two turns of one VM every
+// other that wanted one had its own. Bytes to the stores pass one bandwidth, in the
+// order of their arrival. The memory that checkpoints buffer in is divided evenly
+// between as many as may be under way.
+//
+// # Rights
+//
+// The control socket's group is as good as root: it can have any command run as root,
+// by a hook or a policy. The read socket answers Status and Top alone.
+//
+// # Concurrency
+//
+// Daemon.mu guards the table of VMs and is held for no call that waits. Each VM has one
+// goroutine, which owns its record; ward.mu guards what others read of it and is taken
+// after Daemon.mu.
+package daemon
