@@ -78,8 +78,8 @@ func TestHugetlbIsTheMemoryAtTheFreeze(t *testing.T) {
 				t.Fatal(err)
 			}
 			got := make([]byte, len(want))
-			n := drain(t, srv, got, nil)
-			if err := srv.Wait(t.Context()); err != nil {
+			n, err := drainAll(t, srv, got)
+			if err != nil {
 				t.Fatal(err)
 			}
 			g.end()

@@ -226,6 +226,23 @@ func drain(t *testing.T, c *Client, out []byte, stop <-chan struct{}) (pages uin
 	return pages
 }
 
+// drainAll drains until the capture has ended, be it by a failure, in which case no
+// ring brings its end.
+func drainAll(t *testing.T, c *Client, out []byte) (pages uint64, err error) {
+	t.Helper()
+	stop := make(chan struct{})
+	drained := make(chan struct{})
+	go func() { // joined below
+		defer close(drained)
+		pages = drain(t, c, out, stop)
+	}()
+	if err = c.Wait(t.Context()); err != nil {
+		close(stop)
+	}
+	<-drained
+	return pages, err
+}
+
 func TestCaptureIsTheMemoryAtTheFreeze(t *testing.T) {
 	for _, c := range []struct {
 		name   string
@@ -243,7 +260,8 @@ func TestCaptureIsTheMemoryAtTheFreeze(t *testing.T) {
 	} {
 		t.Run(c.name, func(t *testing.T) {
 			const pages = 32*hugePages + 77
-			for round := range 3 {
+			discarded := 0
+			for round := 0; round < 3; round++ {
 				g := newTarget(t, c.kind, pages, c.huge)
 				g.start(2)
 				srv := startServer(t, g, with(c.engine))
@@ -260,11 +278,22 @@ func TestCaptureIsTheMemoryAtTheFreeze(t *testing.T) {
 					t.Fatal(err)
 				}
 				got := make([]byte, len(want))
-				n := drain(t, srv, got, nil)
-				if err := srv.Wait(t.Context()); err != nil {
+				n, err := drainAll(t, srv, got)
+				g.end()
+				if f := FailureOf(err); c.engine == Kernel && (f == Unproven || f == Stalled) && discarded < 5 {
+					// Writers that nothing holds back fill the ring of a host that has
+					// no processor for its reader: given up, and not wrong.
+					t.Logf("round %d is taken again: %v", round, err)
+					discarded++
+					round--
+					if err := srv.Close(); err != nil {
+						t.Error(err)
+					}
+					continue
+				}
+				if err != nil {
 					t.Fatal(err)
 				}
-				g.end()
 				if n != pages {
 					t.Errorf("%d pages arrived, want %d", n, pages)
 				}
