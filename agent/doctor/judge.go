@@ -150,7 +150,7 @@ func judgeBPF(f *Facts) []Check {
 	for _, p := range f.Proofs {
 		c := Check{Group: "bpf", Name: "capture in the kernel, " + p.Accel + ", " + p.RAM + " RAM", Status: OK, Detail: p.Detail}
 		if !p.OK {
-			c.Status, c.Costs, c.Mend = Missing, costs, "the rows above; a test that failed on a busy host is repeated without /run/ckagent/proving.json"
+			c.Status, c.Costs, c.Mend = Missing, costs, "the rows above; a test that failed on a busy host is repeated without /run/ckagent/proving-*.json"
 		}
 		out = append(out, c)
 	}

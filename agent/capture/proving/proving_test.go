@@ -7,6 +7,7 @@ import (
 	"os"
 	"path/filepath"
 	"strings"
+	"sync"
 	"testing"
 
 	"go.uber.org/goleak"
@@ -57,11 +58,29 @@ func TestLoad(t *testing.T) {
 	if err != nil {
 		t.Fatal(err)
 	}
-	file := filepath.Join(t.TempDir(), "run", "proving.json")
-	r, err := loadFrom(t.Context(), file, []string{self})
-	if err != nil {
-		t.Fatal(err)
+	dir := filepath.Join(t.TempDir(), "run")
+	// Several at once: one makes the trial, and all get its answer.
+	reports := make([]*Report, 3)
+	var wg sync.WaitGroup
+	for i := range reports {
+		wg.Go(func() {
+			var err error
+			if reports[i], err = loadFrom(t.Context(), dir, []string{self}); err != nil {
+				t.Error(err)
+			}
+		})
 	}
+	wg.Wait()
+	if t.Failed() {
+		t.FailNow()
+	}
+	r := reports[0]
+	for _, other := range reports[1:] {
+		if other.Paths[0].TookNS != r.Paths[0].TookNS {
+			t.Errorf("two trials: %+v and %+v", r.Paths[0], other.Paths[0])
+		}
+	}
+	file := fileOf(dir, r.Binary)
 	for _, p := range r.Paths {
 		t.Logf("%+v", p)
 	}
@@ -82,7 +101,7 @@ func TestLoad(t *testing.T) {
 	if err := write(file, r); err != nil {
 		t.Fatal(err)
 	}
-	again, err := loadFrom(t.Context(), file, []string{self})
+	again, err := loadFrom(t.Context(), dir, []string{self})
 	if err != nil || again.Paths[0].OK || again.Proven("tcg", source.Anonymous) == nil {
 		t.Errorf("%+v, %v", again, err)
 	}
@@ -101,7 +120,7 @@ func TestLoad(t *testing.T) {
 		}
 		ctx, cancel := context.WithCancel(t.Context())
 		cancel() // so that a new trial shows by its end
-		if r, err := loadFrom(ctx, file, []string{self}); err == nil {
+		if r, err := loadFrom(ctx, dir, []string{self}); err == nil {
 			t.Errorf("believed: %+v", r)
 		}
 	}

@@ -2,6 +2,7 @@ package proving
 
 import (
 	"context"
+	"crypto/sha256"
 	"debug/elf"
 	"encoding/hex"
 	"encoding/json"
@@ -11,6 +12,8 @@ import (
 	"path/filepath"
 	"strings"
 	"time"
+
+	"golang.org/x/sys/unix"
 
 	"github.com/ckagent/ckagent/agent/capture/source"
 )
@@ -37,15 +40,22 @@ const schema = "ckagent.proving/v1"
 
 var kindNames = map[source.Kind]string{source.Anonymous: "anonymous", source.Shared: "shared", source.PrivateFile: "private file"}
 
-// file is where the answer stays until the next boot.
-const file = "/run/ckagent/proving.json"
+// dir is where the answers stay until the next boot.
+const dir = "/run/ckagent"
+
+// fileOf has one file for each binary: two of them may be at work on one host, during an
+// upgrade for instance, and each needs its answer at every checkpoint.
+func fileOf(dir, binary string) string {
+	sum := sha256.Sum256([]byte(binary))
+	return filepath.Join(dir, fmt.Sprintf("proving-%x.json", sum[:8]))
+}
 
 // Load returns what is known, or finds it out. helper is the command line that leads to
 // our own binary;
 // nil: this very binary.
-func Load(ctx context.Context, helper []string) (*Report, error) { return loadFrom(ctx, file, helper) }
+func Load(ctx context.Context, helper []string) (*Report, error) { return loadFrom(ctx, dir, helper) }
 
-func loadFrom(ctx context.Context, file string, helper []string) (*Report, error) {
+func loadFrom(ctx context.Context, dir string, helper []string) (*Report, error) {
 	boot, err := bootID()
 	if err != nil {
 		return nil, err
@@ -61,7 +71,24 @@ func loadFrom(ctx context.Context, file string, helper []string) (*Report, error
 	if err != nil {
 		return nil, err
 	}
-	if r, err := read(file); err == nil && r.Schema == schema && r.BootID == boot && r.Binary == binary {
+	file := fileOf(dir, binary)
+	known := func() *Report {
+		if r, err := read(file); err == nil && r.Schema == schema && r.BootID == boot && r.Binary == binary {
+			return r
+		}
+		return nil
+	}
+	if r := known(); r != nil {
+		return r, nil
+	}
+	// One trial at a time: several would keep each other from the processors, and those
+	// who wait for it need none of their own.
+	unlock, err := turn(ctx, file+".lock")
+	if err != nil {
+		return nil, err
+	}
+	defer unlock()
+	if r := known(); r != nil {
 		return r, nil
 	}
 	r := &Report{Schema: schema, BootID: boot, Binary: binary}
@@ -76,6 +103,40 @@ func loadFrom(ctx context.Context, file string, helper []string) (*Report, error
 	// Without the file the next one tries again.
 	_ = write(file, r)
 	return r, nil
+}
+
+const (
+	turnWait = 30 * time.Second // a trial takes a few seconds
+	turnLook = 50 * time.Millisecond
+)
+
+// turn waits until no other process makes a trial.
+func turn(ctx context.Context, path string) (unlock func(), err error) {
+	if err := os.MkdirAll(filepath.Dir(path), 0o700); err != nil {
+		return nil, err
+	}
+	f, err := os.OpenFile(path, os.O_CREATE|os.O_RDWR|unix.O_CLOEXEC, 0o600)
+	if err != nil {
+		return nil, err
+	}
+	ctx, cancel := context.WithTimeout(ctx, turnWait)
+	defer cancel()
+	tick := time.NewTicker(turnLook)
+	defer tick.Stop()
+	for {
+		err := unix.Flock(int(f.Fd()), unix.LOCK_EX|unix.LOCK_NB)
+		if err == nil {
+			return func() { f.Close() }, nil // which ends the lock
+		}
+		if !errors.Is(err, unix.EWOULDBLOCK) && !errors.Is(err, unix.EINTR) {
+			return nil, errors.Join(fmt.Errorf("lock %s: %w", path, err), f.Close())
+		}
+		select {
+		case <-tick.C:
+		case <-ctx.Done():
+			return nil, errors.Join(fmt.Errorf("wait for another process's test of the engine: %w", ctx.Err()), f.Close())
+		}
+	}
 }
 
 func try(ctx context.Context, helper []string, w way) Path {
