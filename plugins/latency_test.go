@@ -57,7 +57,11 @@ func BenchmarkDecide(b *testing.B) {
 			r := registry(b, "steady")
 			slots := make([]*Slot, vms)
 			for i := range slots {
-				slots[i] = newSlot(b, r, func(c *SlotConfig) { c.Host.StartTimeout = time.Minute })
+				var err error
+				if slots[i], err = NewSlot(SlotConfig{Registry: r, Host: &Host{StartTimeout: time.Minute, TempDir: shortDir(b)}}); err != nil {
+					b.Fatal(err)
+				}
+				b.Cleanup(slots[i].Close)
 				if _, err := slots[i].Set(b.Context(), "steady", nil, now()); err != nil {
 					b.Fatal(err)
 				}

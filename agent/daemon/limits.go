@@ -27,6 +27,7 @@ type limits struct {
 	store bandwidth
 	// waiting counts those that want a turn and have none.
 	waiting atomic.Int64
+	garbage garbage
 }
 
 func newLimits(cfg Limits) *limits {
@@ -42,7 +43,11 @@ func (l *limits) apply(p *agent.Protection) {
 		if err != nil {
 			return nil, err
 		}
-		return func() { l.turns.Release(1) }, nil
+		l.garbage.hold()
+		return func() {
+			l.garbage.release()
+			l.turns.Release(1)
+		}, nil
 	}
 	o := &p.Capture
 	if l.cfg.StoreBandwidth > 0 {
