@@ -241,7 +241,7 @@ func TestOtherWorlds(t *testing.T) {
 		restore        []int
 	}{
 		{"from the future", `"version": 1,`, `"version": 2,`, []string{"version"}, exitRefused, []int{exitRefused}},
-		{"of unknown needs", `"requires": []`, `"requires": ["holograms"]`, []string{"holograms"}, exitRefused, []int{exitRefused}},
+		{"of unknown needs", `"requires": [`, `"requires": [ "holograms",`, []string{"holograms"}, exitRefused, []int{exitRefused}},
 		{"no such machine", pc, `pc-i440fx-99.9`, []string{"pc-i440fx-99.9"}, exitOK, []int{exitFailed, exitRefused}},
 		{"another machine", pc, strings.Replace(pc, "i440fx", "q35", 1), nil, exitOK, []int{exitFailed, exitRefused, exitIntegrity}},
 	} {
