@@ -106,7 +106,7 @@ func loadFrom(ctx context.Context, dir string, helper []string) (*Report, error)
 }
 
 const (
-	turnWait = 30 * time.Second // a trial takes a few seconds
+	turnWait = 2 * time.Minute // a trial takes a few seconds, and half a minute on a busy host
 	turnLook = 50 * time.Millisecond
 )
 
