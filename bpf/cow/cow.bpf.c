@@ -26,7 +26,6 @@ char LICENSE[] SEC("license") = "Dual BSD/GPL";
 
 enum { BPF_RB_NO_WAKEUP = 1, BPF_RB_AVAIL_DATA = 0 };
 
-static __u64 (*bpf_get_current_task)(void) = (void *)35;
 static long (*bpf_send_signal)(__u32 sig) = (void *)109;
 static __u64 (*bpf_ringbuf_query)(void *ringbuf, __u64 flags) = (void *)134;
 static void (*bpf_ringbuf_discard)(void *data, __u64 flags) = (void *)133;
@@ -57,25 +56,33 @@ enum mode {
 	MODE_CAPTURE = 2, /* and copy them before */
 };
 
+/* How to look addresses up: where the topmost page table is, where the kernel maps
+ * physical memory, and how many levels of tables there are, 4 or 5. */
+struct tables {
+	__u64 pgd;
+	__u64 direct_map;
+	__u32 levels;
+	__u32 pad;
+};
+
 /* Shared with the process that loaded the programs. Words that it writes and words
  * that the programs write lie on different cache lines. */
 struct state {
-	/* written by the owner; the first four once, by the program prepare */
-	__u64 mm;          /* address of the mm_struct */
-	__u64 pgd;         /* of its topmost page table */
-	__u64 direct_map;  /* where physical memory is mapped */
-	__u32 levels;      /* of page tables: 4 or 5 */
+	/* written by the owner; the first two once, by the program prepare */
+	__u64 mm; /* address of the mm_struct */
+	struct tables tables; /* of that memory */
 	__u32 mode;
-	__u64 epoch;       /* of the records to come */
-	__u64 stop_bytes;  /* stop the process when so much waits in the ring; 0: never */
-	__u64 pad0[2];
+	__u32 pad0;
+	__u64 epoch;      /* of the records to come */
+	__u64 stop_bytes; /* stop the process when so much waits in the ring; 0: never */
+	__u64 pad1;
 
 	/* written by both */
 	__u32 stopped; /* SIGSTOP was sent; the owner clears it when it sends SIGCONT */
-	__u32 pad1;
+	__u32 pad2;
 	__u64 stops;
 	__u64 drop; /* a test: lose the so many-th record from now on; 0: none */
-	__u64 pad2[5];
+	__u64 pad3[5];
 
 	/* written by programs: pages that were about to be written and not copied */
 	__u64 full;       /* no room in the ring */
@@ -135,40 +142,40 @@ struct leaf {
 
 /* find_leaf looks an address up in the page tables. It reports whether a page is
  * mapped there. A huge page that is just being split is one as well. */
-static __always_inline int find_leaf(struct state *s, __u64 address, struct leaf *l)
+static __always_inline int find_leaf(const struct tables *t, __u64 address, struct leaf *l)
 {
-	__u64 table = s->pgd, e;
+	__u64 table = t->pgd, e;
 
-	if (s->levels == 5) {
+	if (t->levels == 5) {
 		e = table_entry(table, address >> 48);
 		if (!(e & PTE_PRESENT))
 			return 0;
-		table = s->direct_map + (e & PTE_FRAME);
+		table = t->direct_map + (e & PTE_FRAME);
 	}
 	e = table_entry(table, address >> 39);
 	if (!(e & PTE_PRESENT))
 		return 0;
-	table = s->direct_map + (e & PTE_FRAME);
+	table = t->direct_map + (e & PTE_FRAME);
 	e = table_entry(table, address >> 30);
 	if (!(e & PTE_PRESENT) || e & PTE_HUGE)
 		return 0;
-	table = s->direct_map + (e & PTE_FRAME);
+	table = t->direct_map + (e & PTE_FRAME);
 	e = table_entry(table, address >> 21);
 	if (e & PTE_HUGE) {
 		l->where = table + (address >> 21 & 511) * 8;
 		l->entry = e;
-		l->content = s->direct_map + (entry_frame(e, PMD_FRAME) | (address & 0x1ff000));
+		l->content = t->direct_map + (entry_frame(e, PMD_FRAME) | (address & 0x1ff000));
 		return 1;
 	}
 	if (!(e & PTE_PRESENT))
 		return 0;
-	table = s->direct_map + (e & PTE_FRAME);
+	table = t->direct_map + (e & PTE_FRAME);
 	e = table_entry(table, address >> 12);
 	if (!(e & (PTE_PRESENT | PTE_PROTNONE)))
 		return 0;
 	l->where = table + (address >> 12 & 511) * 8;
 	l->entry = e;
-	l->content = s->direct_map + entry_frame(e, PTE_FRAME);
+	l->content = t->direct_map + entry_frame(e, PTE_FRAME);
 	return 1;
 }
 
@@ -198,7 +205,7 @@ static __always_inline void capture(struct state *s, __u64 page, __u64 address)
 	if (!word || *word & bit)
 		return;
 	struct leaf l = {};
-	if (!find_leaf(s, address, &l)) {
+	if (!find_leaf(&s->tables, address, &l)) {
 		__sync_fetch_and_add(&s->absent, 1);
 		return;
 	}
@@ -221,7 +228,7 @@ static __always_inline void capture(struct state *s, __u64 page, __u64 address)
 		if (!((again ^ l.entry) & PTE_IDENTITY))
 			goto copied;
 		/* Split, moved, or written: look anew. */
-		if (!find_leaf(s, address, &l)) {
+		if (!find_leaf(&s->tables, address, &l)) {
 			__sync_fetch_and_add(&s->absent, 1);
 			goto discard;
 		}
@@ -399,79 +406,53 @@ int on_guest_fault(__u64 *args)
 	return 0;
 }
 
+#define KNOWN_WORDS 4
+
+struct prepare_args {
+	__u32 fd; /* a userfaultfd of the caller's */
+	__u32 pad;
+	__u64 page; /* address of a page of the caller's */
+	__u64 known[KNOWN_WORDS]; /* what it begins with; nothing else in memory does */
+};
+
 struct search {
-	__u64 pgd;  /* two addresses in the direct map */
-	__u64 task;
-	__u64 top;    /* candidates go down from here */
-	__u64 found;  /* the base, 0: none yet */
-	__u32 levels; /* that it was found with */
+	struct tables tables; /* of the caller; direct_map is the guess */
+	__u64 top; /* guesses go down from here */
+	__u64 page;
+	__u64 known[KNOWN_WORDS];
+	__u32 found;
 	__u32 pad;
 };
 
-/* physical translates a kernel address, given a guess at the direct map. */
-static __always_inline __u64 physical(__u64 base, __u64 pgd, __u32 levels, __u64 address)
-{
-	__u64 table = pgd, e;
-
-	if (levels == 5) {
-		e = table_entry(table, address >> 48);
-		if (!(e & PTE_PRESENT))
-			return 0;
-		table = base + (e & PTE_FRAME);
-	}
-	e = table_entry(table, address >> 39);
-	if (!(e & PTE_PRESENT))
-		return 0;
-	table = base + (e & PTE_FRAME);
-	e = table_entry(table, address >> 30);
-	if (!(e & PTE_PRESENT))
-		return 0;
-	if (e & PTE_HUGE)
-		return (e & PUD_FRAME) | (address & 0x3fffffff);
-	table = base + (e & PTE_FRAME);
-	e = table_entry(table, address >> 21);
-	if (!(e & PTE_PRESENT))
-		return 0;
-	if (e & PTE_HUGE)
-		return (e & PMD_FRAME) | (address & 0x1fffff);
-	table = base + (e & PTE_FRAME);
-	e = table_entry(table, address >> 12);
-	if (!(e & PTE_PRESENT))
-		return 0;
-	return (e & PTE_FRAME) | (address & 0xfff);
-}
-
-/* fits reports whether both known addresses translate to themselves. */
+/* fits reports whether a guess at the direct map leads to what the known page holds.
+ * That the tables lead to something is not enough: seen from a wrong base, whatever
+ * lies in memory is taken for tables, and now and then it looks like some. */
 static __always_inline int fits(struct search *f, __u64 base, __u32 levels)
 {
-	__u64 a = physical(base, f->pgd, levels, f->pgd);
-	if (!a || base + a != f->pgd)
+	struct leaf l = {};
+	__u64 content[KNOWN_WORDS] = {};
+	f->tables.direct_map = base;
+	f->tables.levels = levels;
+	if (!find_leaf(&f->tables, f->page, &l))
 		return 0;
-	a = physical(base, f->pgd, levels, f->task);
-	return a && base + a == f->task;
+	if (bpf_probe_read_kernel(content, sizeof(content), (void *)l.content))
+		return 0;
+	for (int i = 0; i < KNOWN_WORDS; i++)
+		if (content[i] != f->known[i])
+			return 0;
+	return 1;
 }
 
 static int try_base(__u32 i, struct search *f)
 {
 	__u64 base = f->top - ((__u64)i << 30);
-	if (fits(f, base, 4))
-		f->levels = 4;
-	else if (fits(f, base, 5))
-		f->levels = 5;
-	else
-		return 0;
-	f->found = base;
-	return 1;
+	f->found = fits(f, base, 4) || fits(f, base, 5);
+	return f->found;
 }
 
 /* The direct map begins at a multiple of 1 GiB, wherever the kernel was placed, and
  * holds the topmost page table: it is at most as far below that as there is memory. */
 #define MAX_MEMORY_GIB (16 << 10)
-
-struct prepare_args {
-	__u32 fd; /* a userfaultfd of the caller's */
-	__u32 pad;
-};
 
 /* prepare learns whose memory a userfaultfd protects, where its page tables are, and
  * where the kernel maps physical memory. Its answer is 0, or which step failed. */
@@ -483,7 +464,7 @@ int prepare(struct prepare_args *args)
 	if (!s)
 		return 1;
 	struct task_struct *task = bpf_get_current_task_btf();
-	__u64 files = (__u64)task->files, fdt = 0, fds = 0, file = 0, context = 0, mm = 0, own = 0;
+	__u64 files = (__u64)task->files, fdt = 0, fds = 0, file = 0, context = 0, mm = 0, pgd = 0;
 	bpf_probe_read_kernel(&fdt, sizeof(fdt), &((struct files_struct *)files)->fdt);
 	bpf_probe_read_kernel(&fds, sizeof(fds), &((struct fdtable *)fdt)->fd);
 	bpf_probe_read_kernel(&file, sizeof(file), (void *)(fds + (__u64)args->fd * 8));
@@ -491,19 +472,23 @@ int prepare(struct prepare_args *args)
 		return 2;
 	bpf_probe_read_kernel(&context, sizeof(context), &((struct file___mm *)file)->private_data);
 	bpf_probe_read_kernel(&mm, sizeof(mm), &((struct userfaultfd_ctx___mm *)context)->mm);
-	bpf_probe_read_kernel(&s->pgd, sizeof(s->pgd), &((struct mm_struct___mm *)mm)->pgd);
-	if (!mm || !s->pgd)
+	bpf_probe_read_kernel(&pgd, sizeof(pgd), &((struct mm_struct___mm *)mm)->pgd);
+	if (!mm || !pgd)
 		return 3;
-	s->mm = mm;
-	mm = (__u64)task->mm;
-	bpf_probe_read_kernel(&own, sizeof(own), &((struct mm_struct___mm *)mm)->pgd);
-	if (!own)
+	struct search f = { .page = args->page };
+	for (int i = 0; i < KNOWN_WORDS; i++)
+		f.known[i] = args->known[i];
+	__u64 own = (__u64)task->mm;
+	bpf_probe_read_kernel(&f.tables.pgd, sizeof(f.tables.pgd), &((struct mm_struct___mm *)own)->pgd);
+	if (!f.tables.pgd)
 		return 4;
-	struct search f = { own, bpf_get_current_task(), own & ~((1ull << 30) - 1), 0, 0, 0 };
+	f.top = f.tables.pgd & ~((1ull << 30) - 1);
 	bpf_loop(MAX_MEMORY_GIB, try_base, &f, 0);
 	if (!f.found)
 		return 5;
-	s->direct_map = f.found;
-	s->levels = f.levels;
+	s->mm = mm;
+	s->tables.pgd = pgd;
+	s->tables.direct_map = f.tables.direct_map;
+	s->tables.levels = f.tables.levels;
 	return 0;
 }

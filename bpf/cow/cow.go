@@ -1,6 +1,7 @@
 package cow
 
 import (
+	"crypto/rand"
 	"encoding/binary"
 	"errors"
 	"fmt"
@@ -199,17 +200,46 @@ func (p *Programs) share(o Options) (err error) {
 var steps = []string{"", "find its own state", "find the descriptor's file", "find the address space of the userfaultfd",
 	"find our own page tables", "find where the kernel maps physical memory"}
 
+const unmapped = 5 // the last of the steps
+
+// prepare has the program prepare look around, led by a page whose content nothing else
+// in memory has.
+func (p *Programs) prepare(userfaultfd int) error {
+	page, err := unix.Mmap(-1, 0, PageBytes, unix.PROT_READ|unix.PROT_WRITE, unix.MAP_PRIVATE|unix.MAP_ANONYMOUS)
+	if err != nil {
+		return load.Failed(object, "make a page", err)
+	}
+	defer unix.Munmap(page)
+	var answer uint32
+	for range 3 { // the kernel may be moving the page at that moment
+		args := prepareArgs(userfaultfd, page)
+		_, _ = rand.Read(page[:len(args.Known)*8]) // never fails
+		for i := range args.Known {
+			args.Known[i] = binary.NativeEndian.Uint64(page[i*8:])
+		}
+		if answer, err = p.ask(args); err != nil || answer != unmapped {
+			break
+		}
+	}
+	switch {
+	case err != nil:
+		return load.Failed(object, "run prepare", err)
+	case answer != 0:
+		return load.Failed(object, "prepare", fmt.Errorf("cannot %s: %w", steps[min(int(answer), len(steps)-1)], ebpf.ErrNotSupported))
+	}
+	return nil
+}
+
+// ask runs the program prepare.
+func (p *Programs) ask(args objectsPrepareArgs) (answer uint32, err error) {
+	return p.objs.Prepare.Run(&ebpf.RunOptions{Context: args})
+}
+
 // Attach learns whose memory the userfaultfd, a descriptor of this process, protects,
 // and attaches the programs. The mode stays Off.
 func (p *Programs) Attach(userfaultfd int) error {
-	args := make([]byte, prepareBytes)
-	binary.NativeEndian.PutUint32(args, uint32(userfaultfd))
-	answer, err := p.objs.Prepare.Run(&ebpf.RunOptions{Context: args})
-	if err != nil {
-		return load.Failed(object, "run prepare", err)
-	}
-	if answer != 0 {
-		return load.Failed(object, "prepare", fmt.Errorf("cannot %s: %w", steps[min(int(answer), len(steps)-1)], ebpf.ErrNotSupported))
+	if err := p.prepare(userfaultfd); err != nil {
+		return err
 	}
 	programs := map[string]*ebpf.Program{"page_fault_user": p.objs.OnUserFault, "page_fault_kernel": p.objs.OnKernelFault}
 	for point, prog := range p.extra {
@@ -231,6 +261,19 @@ func (p *Programs) Attach(userfaultfd int) error {
 
 // Lacking are the tracepoints that are not watched though that was wanted, and why.
 func (p *Programs) Lacking() map[string]error { return p.lacking }
+
+// Missed is how many faults of the whole host the kernel has kept from the programs
+// since Load, because one of them was at work on that processor already.
+func (p *Programs) Missed() (n uint64, err error) {
+	for _, prog := range p.All() {
+		st, err := prog.Stats()
+		if err != nil {
+			return 0, load.Failed(object, "ask for misses", err)
+		}
+		n += st.RecursionMisses
+	}
+	return n, nil
+}
 
 // All are the loaded programs by tracepoint, to ask the kernel what they cost.
 func (p *Programs) All() map[string]*ebpf.Program {

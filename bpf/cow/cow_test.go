@@ -359,3 +359,33 @@ func TestRefusedOptions(t *testing.T) {
 		}
 	}
 }
+
+// TestDirectMapIsProvedByContent: nothing but the bytes that were put into a page has
+// prepare believe that it can read page tables, and what it finds is the same for all.
+func TestDirectMapIsProvedByContent(t *testing.T) {
+	b := newBed(t, memory{}, 64, 1<<20)
+	found := b.p.state.Tables
+	if found.DirectMap == 0 || found.DirectMap%(1<<30) != 0 || found.Levels != 4 && found.Levels != 5 {
+		t.Errorf("found %+v", found)
+	}
+	page, err := unix.Mmap(-1, 0, PageBytes, unix.PROT_READ|unix.PROT_WRITE, unix.MAP_PRIVATE|unix.MAP_ANONYMOUS)
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer unix.Munmap(page)
+	args := prepareArgs(int(b.h.FD()), page)
+	for i := range args.Known {
+		args.Known[i] = 0x9e3779b97f4a7c15 * uint64(i+1)
+		binary.NativeEndian.PutUint64(page[i*8:], args.Known[i])
+	}
+	for last := range len(args.Known) {
+		lie := args
+		lie.Known[last] ^= 1 << 63
+		if answer, err := b.p.ask(lie); err != nil || answer != unmapped {
+			t.Errorf("word %d is another: answer %d, %v", last, answer, err)
+		}
+	}
+	if answer, err := b.p.ask(args); err != nil || answer != 0 || b.p.state.Tables != found {
+		t.Errorf("answer %d, %v, found %+v, before %+v", answer, err, b.p.state.Tables, found)
+	}
+}

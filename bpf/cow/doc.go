@@ -23,6 +23,13 @@
 //   - Stores of a guest under KVM with page tables of its own (EPT, NPT):
 //     kvm_page_fault, which leads from guest-physical addresses to the process's.
 //
+// The page tables are physical memory. Where the kernel maps that, it tells nobody; the
+// base is found by guessing, and a guess is believed only if the tables of our own
+// process, read by way of it, lead from a page to the random bytes that we have put
+// there. (That they lead to some page is no proof: from a wrong base any memory is taken
+// for tables. A search that asked for no more than that was wrong now and then, and its
+// programs found no page mapped at all.)
+//
 // A page that is not mapped at all is not copied: where it was marked, the kernel maps
 // it marked, and the write faults a second time. Not seen are pages pinned by other
 // means, writes of other processes (process_vm_writev), direct I/O to block devices,

@@ -21,9 +21,11 @@ type objectsGuestRange struct {
 }
 
 type objectsPrepareArgs struct {
-	_   structs.HostLayout
-	Fd  uint32
-	Pad uint32
+	_     structs.HostLayout
+	Fd    uint32
+	Pad   uint32
+	Page  uint64
+	Known [4]uint64
 }
 
 type objectsRange struct {
@@ -34,20 +36,25 @@ type objectsRange struct {
 }
 
 type objectsState struct {
-	_          structs.HostLayout
-	Mm         uint64
-	Pgd        uint64
-	DirectMap  uint64
-	Levels     uint32
+	_      structs.HostLayout
+	Mm     uint64
+	Tables struct {
+		_         structs.HostLayout
+		Pgd       uint64
+		DirectMap uint64
+		Levels    uint32
+		Pad       uint32
+	}
 	Mode       uint32
+	Pad0       uint32
 	Epoch      uint64
 	StopBytes  uint64
-	Pad0       [2]uint64
+	Pad1       uint64
 	Stopped    uint32
-	Pad1       uint32
+	Pad2       uint32
 	Stops      uint64
 	Drop       uint64
-	Pad2       [5]uint64
+	Pad3       [5]uint64
 	Full       uint64
 	Unreadable uint64
 	Changing   uint64

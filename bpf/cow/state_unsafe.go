@@ -5,13 +5,15 @@ import (
 	"unsafe"
 )
 
-// What the programs and we share, and what prepare is given.
-const (
-	stateBytes   = uint64(unsafe.Sizeof(objectsState{}))
-	prepareBytes = int(unsafe.Sizeof(objectsPrepareArgs{}))
-)
+// stateBytes is the size of what the programs and we share.
+const stateBytes = uint64(unsafe.Sizeof(objectsState{}))
 
 func stateOf(raw []byte) *objectsState { return (*objectsState)(unsafe.Pointer(&raw[0])) }
+
+// prepareArgs are for the program prepare; what the page begins with is still to be said.
+func prepareArgs(userfaultfd int, page []byte) objectsPrepareArgs {
+	return objectsPrepareArgs{Fd: uint32(userfaultfd), Page: uint64(uintptr(unsafe.Pointer(&page[0])))}
+}
 
 // SetMode says what the programs do from now on, and which epoch the records to come
 // belong to. A program that is at work finishes what it has begun.

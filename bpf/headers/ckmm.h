@@ -53,7 +53,6 @@ enum { /* iov_iter.iter_type */
 #define PTE_UFFD_WP (1ull << 10)
 #define PTE_FRAME 0x000ffffffffff000ull
 #define PMD_FRAME 0x000fffffffe00000ull
-#define PUD_FRAME 0x000fffffc0000000ull
 /* What must not have changed for a page to be the same, and as protected. The
  * processor's own bits (accessed, dirty) may. */
 #define PTE_IDENTITY (PTE_PRESENT | PTE_WRITE | PTE_PROTNONE | PTE_HUGE | PTE_UFFD_WP | PTE_FRAME)

@@ -286,12 +286,21 @@ func (e *kernelEngine) judge() {
 		return
 	}
 	first := missing.Escaped[0]
-	missing.Detail = fmt.Sprintf("%d pages (block %d, page %d, ...) were written or discarded and no program saw by whom (of what they saw, %d were not mapped, %d without a mark)",
-		count, first.Block, first.Page, l.Absent, l.Unmarked)
+	missing.Detail = fmt.Sprintf("%d pages (block %d, page %d, ...) were written or discarded and no program saw by whom (of what they saw, %d were not mapped, %d without a mark; %s)",
+		count, first.Block, first.Page, l.Absent, l.Unmarked, e.missed())
 	if count > MaxEscaped {
 		missing.Escaped = nil
 	}
 	e.s.failWith(missing)
+}
+
+// missed says how many faults the kernel kept from the programs.
+func (e *kernelEngine) missed() string {
+	n, err := e.progs.Missed()
+	if err != nil {
+		return err.Error()
+	}
+	return fmt.Sprintf("the kernel kept %d faults of the host from them", n)
 }
 
 func lossText(l cow.Losses, n uint64) string {
