@@ -17,6 +17,7 @@ import (
 	"golang.org/x/sys/unix"
 
 	"github.com/ckagent/ckagent/agent/capture/source"
+	"github.com/ckagent/ckagent/uffd/pagemap"
 )
 
 // trial is a capture by the kernel's engine of memory that only meanwhile touches.
@@ -25,6 +26,7 @@ type trial struct {
 	huge      bool
 	pages     int
 	change    func(*Start)
+	before    func(t *testing.T, g *target) // anything is armed
 	meanwhile func(t *testing.T, g *target) // after the freeze, before the scan
 }
 
@@ -32,6 +34,9 @@ type trial struct {
 func (x trial) run(t *testing.T) (st Stats, err error) {
 	t.Helper()
 	g := newTarget(t, x.kind, x.pages, x.huge)
+	if x.before != nil {
+		x.before(t, g)
+	}
 	srv := startServer(t, g, func(o *Start) {
 		with(Kernel)(o)
 		if x.change != nil {
@@ -167,6 +172,7 @@ func TestHazards(t *testing.T) {
 		kind      source.Kind
 		huge      bool
 		prepare   func(t *testing.T)
+		before    func(t *testing.T, g *target)
 		meanwhile func(t *testing.T, g *target)
 		may       bool // be discarded
 		must      bool
@@ -215,6 +221,15 @@ func TestHazards(t *testing.T) {
 			whole(t, g, unix.MADV_PAGEOUT)
 			writeSome(g)
 		}},
+		{name: "same pages were merged", before: func(t *testing.T, g *target) {
+			alike(t, g)
+			merge(t, g)
+		}, meanwhile: func(_ *testing.T, g *target) { writeSome(g) }},
+		// Merging takes the marks off without a fault, of pages written and not.
+		{name: "same pages are merged", must: true, before: alike, meanwhile: func(t *testing.T, g *target) {
+			merge(t, g)
+			writeSome(g)
+		}},
 		{name: "pages are marked free", may: true, meanwhile: func(t *testing.T, g *target) {
 			whole(t, g, unix.MADV_FREE)
 			writeSome(g)
@@ -224,7 +239,7 @@ func TestHazards(t *testing.T) {
 			if c.prepare != nil {
 				c.prepare(t)
 			}
-			_, err := trial{kind: c.kind, huge: c.huge, pages: 2048, meanwhile: c.meanwhile}.run(t)
+			_, err := trial{kind: c.kind, huge: c.huge, pages: 2048, before: c.before, meanwhile: c.meanwhile}.run(t)
 			switch {
 			case err == nil && c.must:
 				t.Error("it was not noticed")
@@ -233,6 +248,65 @@ func TestHazards(t *testing.T) {
 			}
 			t.Log(err)
 		})
+	}
+}
+
+// alike makes pages with content the same, and lets the kernel merge them.
+func alike(t *testing.T, g *target) {
+	t.Helper()
+	for p := range len(g.mem) / pageBytes {
+		if p%8 < 5 {
+			g.write(p, 1)
+		}
+	}
+	if err := unix.Madvise(g.mem, unix.MADV_MERGEABLE); err != nil {
+		t.Fatal(err)
+	}
+}
+
+// merge has the kernel merge same pages until half of those with content are.
+func merge(t *testing.T, g *target) {
+	t.Helper()
+	for name, value := range map[string]string{"pages_to_scan": "4096", "sleep_millisecs": "2", "run": "1"} {
+		path := filepath.Join("/sys/kernel/mm/ksm", name)
+		before, err := os.ReadFile(path)
+		if err == nil {
+			err = os.WriteFile(path, []byte(value), 0)
+		}
+		if err != nil {
+			t.Fatal(err)
+		}
+		defer func() {
+			if err := os.WriteFile(path, bytes.TrimSpace(before), 0); err != nil {
+				t.Error(err)
+			}
+		}()
+	}
+	pm, err := pagemap.OpenSelf()
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer pm.Close()
+	entries := make([]pagemap.Entry, len(g.mem)/pageBytes)
+	tick := time.NewTicker(5 * time.Millisecond)
+	defer tick.Stop()
+	for deadline := time.Now().Add(20 * time.Second); ; <-tick.C {
+		if _, err := pm.Entries(uint64(uintptr(unsafe.Pointer(&g.mem[0]))), entries); err != nil {
+			t.Fatal(err)
+		}
+		pages, frames := 0, map[uint64]bool{}
+		for _, e := range entries {
+			if e.Present() {
+				pages++
+				frames[e.PFN()] = true
+			}
+		}
+		if len(frames) <= pages/2 {
+			return
+		}
+		if time.Now().After(deadline) {
+			t.Fatalf("%d frames for %d equal pages", len(frames), pages)
+		}
 	}
 }
 
