@@ -36,10 +36,8 @@ func TestMatrix(t *testing.T) {
 		{"mem-path", with(func(c *vmtest.Config) { c.Args = []string{"-mem-path", "/dev/shm", "-mem-prealloc"} })},
 		{"file on tmpfs", with(func(c *vmtest.Config) { c.Backend = vmtest.FileTmpfs })},
 		{"file on ext4", with(func(c *vmtest.Config) { c.Backend = vmtest.FileExt4 })},
-		{"pflash", with(func(c *vmtest.Config) { c.Machine, c.OVMF = "q35", true })},
-		{"12 virtio devices", with(func(c *vmtest.Config) { c.Machine, c.VirtioDevices = "q35", 12 })},
-		{"user network", with(func(c *vmtest.Config) { c.Echo = true })},
-		{"video", with(func(c *vmtest.Config) { c.Args = []string{"-vga", "std"} })},
+		{"pflash, 12 virtio devices", with(func(c *vmtest.Config) { c.Machine, c.OVMF, c.VirtioDevices = "q35", true, 12 })},
+		{"user network, video", with(func(c *vmtest.Config) { c.Echo, c.Args = true, []string{"-vga", "std"} })},
 	} {
 		t.Run(c.name, func(t *testing.T) { restoreMachine(t, c.cfg) })
 	}
