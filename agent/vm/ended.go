@@ -9,9 +9,19 @@ import (
 	"github.com/ckagent/ckagent/agent/qmp"
 )
 
-// endPatience is for a process whose connection broke to be gone: the kernel closes
-// its sockets a moment before it lets others know that it has exited.
+// endPatience is for a process whose connection broke, or whose threads are gone, to be
+// gone as a whole: the kernel ends its threads and closes its sockets a moment before it
+// lets others know that it has exited.
 const endPatience = 500 * time.Millisecond
+
+// ending waits a moment for the end of a process that shows signs of it, and returns
+// problem.NotFound if it came.
+func (p *Process) ending() error {
+	ctx, cancel := context.WithTimeout(context.Background(), endPatience)
+	defer cancel()
+	_ = p.Wait(ctx) // what matters is what Check finds
+	return p.Check()
+}
 
 // Explain puts "the process has exited" (problem.NotFound) before an error that came
 // of it; any other error is returned as it is.
@@ -19,12 +29,11 @@ func (p *Process) Explain(err error) error {
 	if err == nil {
 		return nil
 	}
+	gone := p.Check()
 	if errors.Is(err, qmp.ErrLost) {
-		ctx, cancel := context.WithTimeout(context.Background(), endPatience)
-		defer cancel()
-		_ = p.Wait(ctx) // what matters is what Check finds
+		gone = p.ending()
 	}
-	if gone := p.Check(); gone != nil {
+	if gone != nil {
 		return errors.Join(gone, err)
 	}
 	if errors.Is(err, qmp.ErrLost) {

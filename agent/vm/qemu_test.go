@@ -428,6 +428,23 @@ func TestOpenWithAnotherVMsMonitor(t *testing.T) {
 	if _, err := Open(t.Context(), second.Process.Pid, Options{QMP: extra}); !problem.Is(err, problem.Refused) {
 		t.Errorf("got %v, want refused", err)
 	}
+	if tgt, err = Open(t.Context(), first.Process.Pid, Options{QMP: extra}); err != nil {
+		t.Fatal(err)
+	}
+	defer tgt.Close()
+	// But a process that is on its way out has lost its threads, and is no stranger.
+	p, err := OpenProcess(second.Process.Pid)
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer p.Close()
+	own := tgt.Process
+	tgt.Process = p
+	_ = second.Process.Kill()
+	if _, err := tgt.ReadVCPUs(t.Context()); !problem.Is(err, problem.NotFound) {
+		t.Errorf("got %v, want not found", err)
+	}
+	tgt.Process = own
 }
 
 func TestQEMUWithoutMonitor(t *testing.T) {

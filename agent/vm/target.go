@@ -231,6 +231,9 @@ func (t *Target) ReadVCPUs(ctx context.Context) ([]VCPU, error) {
 	for _, c := range cpus {
 		tid, ok := host[c.ThreadID]
 		if !ok {
+			if gone := t.Process.ending(); gone != nil {
+				return nil, gone // its threads went first
+			}
 			return nil, problem.New(problem.Refused, "identify", t.Process.String(),
 				"the monitor belongs to another process: its vCPU %d is thread %d", c.Index, c.ThreadID).
 				WithHint("the address given with --qmp is another VM's")
