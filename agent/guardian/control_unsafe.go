@@ -22,7 +22,7 @@ type words struct {
 	Phase         atomic.Uint32 // [agent] what it is at, for reports
 	QuitRequested atomic.Uint32 // [agent] 1: Stop was called
 	GuardianActed atomic.Uint32 // [guardian] an Acted
-	Injecting     atomic.Uint32 // [fault server] 1: it may leave descriptors in QEMU if it dies now
+	Injecting     atomic.Uint32 // [fault server] not 0: it may leave descriptors in QEMU if it dies now; the thread it borrows, 1 before there is one
 }
 
 // wordsOf lays the words over a mapped page; mmap memory is page-aligned, which

@@ -257,6 +257,7 @@ func (g *child) takeOver(ctx context.Context, why string, held bool) error {
 		}
 	}
 	r.ServerEnded = <-gone
+	g.awaitHome()
 	closeLeftovers(ctx, g.QEMU.PID, g.known, &r)
 	kinds, err := armed(g.QEMU.PID)
 	r.note(err)
@@ -301,10 +302,27 @@ func (g *child) mendInjection(ctx context.Context) {
 	}
 	r := Report{Schema: reportSchema, QEMUPID: g.QEMU.PID, Reason: "the fault server ended in an injection",
 		At: time.Now().Format(stateTimestamp), ClosedFDs: []int{}}
+	g.awaitHome()
 	closeLeftovers(ctx, g.QEMU.PID, g.known, &r)
 	g.control.Injecting.Store(0)
 	if len(r.ClosedFDs) > 0 || len(r.Problems) > 0 {
 		_ = writeJSON(statePath(g.StateDir, g.QEMU)+reportSuffix, r) // a report is not worth a failure
+	}
+}
+
+// awaitHome waits until the thread that a dead fault server had borrowed has carried out
+// what it was told, and so until no descriptor can come into being any more. A thread
+// that never sleeps, or that somebody has stopped, is not waited for.
+func (g *child) awaitHome() {
+	tid := int(g.control.Injecting.Load())
+	if tid == 0 {
+		return
+	}
+	for limit := time.Now().Add(homePatience); !inject.Home(g.QEMU.PID, tid) && time.Now().Before(limit); {
+		g.control.beatGuardian()
+		if waitExit(qemuFD, time.Millisecond) {
+			return
+		}
 	}
 }
 

@@ -26,6 +26,7 @@ const (
 	serverPatience  = 2 * time.Second        // for a killed fault server: its exit unprotects memory
 	monitorPatience = 10 * time.Second       // for QMP to be in step; it may be flushing disks
 	injectPatience  = 3 * time.Second        // for closing descriptors inside
+	homePatience    = 200 * time.Millisecond // for a borrowed thread to be back where it was
 	resumeAgain     = time.Second            // between two tries to resume
 	diskPatience    = 30 * time.Second       // for copies of disks to be cancelled
 )

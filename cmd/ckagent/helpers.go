@@ -63,7 +63,8 @@ func (h *faultServerHooks) takeUserfaultfd(pid int, vcpus []int) (*os.File, erro
 	h.control.Injecting.Store(1)
 	ctx, cancel := context.WithTimeout(context.Background(), injectTimeout)
 	defer cancel()
-	f, _, err := inject.Userfaultfd(ctx, pid, inject.Options{VCPUs: vcpus})
+	f, _, err := inject.Userfaultfd(ctx, pid, inject.Options{VCPUs: vcpus,
+		Borrow: func(tid int) { h.control.Injecting.Store(uint32(tid)) }})
 	if err == nil {
 		h.control.Injecting.Store(0)
 	}

@@ -43,7 +43,14 @@ func TestTracerDiesAtEveryStop(t *testing.T) {
 						t.Fatalf("%s: the tracer did not get to %q", kind, stop)
 					}
 					v.untraced()
+					var atHome []Leftover
+					if v.sleeps() {
+						atHome = v.leftAtHome()
+					}
 					v.progress(1)
+					if later := v.left(); v.sleeps() && !slices.Equal(atHome, later) {
+						t.Fatalf("at %s: %v when the thread was home, %v later", stop, atHome, later)
+					}
 					now := v.check()
 					if now.eintr > before.eintr && !slices.Contains(untouched, stop) {
 						t.Fatalf("at %s: the call ended with EINTR", stop)

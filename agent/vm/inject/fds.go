@@ -129,6 +129,15 @@ func parseUnixSockets(r io.Reader) map[string]bool {
 	return set
 }
 
+// Home reports whether a thread that a session had borrowed is past all that its tracer,
+// which is dead, had it do. A tracer's death sets it free in the midst of a call of ours,
+// which may make a descriptor yet: on a busy host long after. None of these calls sleeps
+// interruptibly, so one that does is back where it was; so is one that has ended.
+func Home(pid, tid int) bool {
+	th, err := readThread(pid, tid)
+	return err != nil || th.state == 'S' || th.state == 'Z' || th.state == 'X'
+}
+
 // CloseFD closes a descriptor inside a process, after checking that it is one
 // that FindLeftovers lists.
 func CloseFD(ctx context.Context, pid, fd int) error {

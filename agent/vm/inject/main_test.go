@@ -201,6 +201,27 @@ func (v *victim) waitAsleep() {
 	}
 }
 
+func (v *victim) left() []Leftover {
+	v.t.Helper()
+	left, err := FindLeftovers(v.pid)
+	if err != nil {
+		v.t.Fatal(err)
+	}
+	return left
+}
+
+// leftAtHome is what is left as soon as the worker is said to be home.
+func (v *victim) leftAtHome() []Leftover {
+	v.t.Helper()
+	deadline := time.Now().Add(5 * time.Second)
+	for !Home(v.pid, v.worker) {
+		if time.Now().After(deadline) {
+			v.t.Fatalf("victim %s does not come home", v.kind)
+		}
+	}
+	return v.left()
+}
+
 func (v *victim) sleeps() bool { return v.kind != "spin" && v.kind != "signals" }
 
 // untraced checks that nothing of a tracer is left.

@@ -41,11 +41,11 @@ type Session struct {
 // The context bounds everything that is done in the session, except that Close
 // takes up to a second more to leave in good order.
 func Open(ctx context.Context, pid int) (*Session, error) {
-	return open(ctx, pid, 0)
+	return open(ctx, pid, 0, Options{})
 }
 
-// open is Open on one given thread if only is not 0; vcpus are taken last.
-func open(ctx context.Context, pid, only int, vcpus ...int) (*Session, error) {
+// open is Open on one given thread if only is not 0.
+func open(ctx context.Context, pid, only int, o Options) (*Session, error) {
 	if err := ctx.Err(); err != nil {
 		return nil, problem.New(problem.CodeOf(err), "inject", pidObject(pid), "%w", err)
 	}
@@ -67,7 +67,7 @@ func open(ctx context.Context, pid, only int, vcpus ...int) (*Session, error) {
 		return nil, problem.New(problem.Refused, "inject", pidObject(pid), "%w", err).
 			WithHint("its program code offers no way to return from a signal; nothing was touched")
 	}
-	s, err := openAny(ctx, only, vcpus, tracer{pid: pid, mem: mem, g: g, maps: maps})
+	s, err := openAny(ctx, only, o, tracer{pid: pid, mem: mem, g: g, maps: maps})
 	if err != nil {
 		mem.Close()
 		return nil, err
@@ -76,9 +76,9 @@ func open(ctx context.Context, pid, only int, vcpus ...int) (*Session, error) {
 }
 
 // openAny tries threads in order of preference.
-func openAny(ctx context.Context, only int, vcpus []int, proto tracer) (*Session, error) {
+func openAny(ctx context.Context, only int, o Options, proto tracer) (*Session, error) {
 	pid := proto.pid
-	threads, err := listThreads(pid, vcpus...)
+	threads, err := listThreads(pid, o.VCPUs...)
 	if err != nil {
 		return nil, problem.New(problem.NotFound, "inject", pidObject(pid), "%w: %w", ErrGone, err)
 	}
@@ -93,6 +93,9 @@ func openAny(ctx context.Context, only int, vcpus []int, proto tracer) (*Session
 		}
 		t := proto
 		t.tid = th.tid
+		if o.Borrow != nil {
+			o.Borrow(t.tid)
+		}
 		s := start(ctx, &t)
 		if last = s.begin(); last == nil {
 			return s, nil

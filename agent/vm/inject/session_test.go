@@ -33,7 +33,7 @@ func TestSessionLeavesThreadAsItWas(t *testing.T) {
 				if v.sleeps() {
 					v.waitAsleep()
 				}
-				s, err := open(withTimeout(t), v.pid, v.worker)
+				s, err := open(withTimeout(t), v.pid, v.worker, Options{})
 				if err != nil {
 					t.Fatal(err)
 				}
@@ -72,7 +72,7 @@ func TestRemainingTime(t *testing.T) {
 			if time.Since(began) > 20*time.Second {
 				t.Fatalf("%s: %d rounds of 150 ms with %d visits in 20 s", kind, v.check().rounds-first, visits)
 			}
-			s, err := open(withTimeout(t), v.pid, v.worker)
+			s, err := open(withTimeout(t), v.pid, v.worker, Options{})
 			if errors.Is(err, errUnfit) {
 				continue
 			}
@@ -134,7 +134,7 @@ func TestSIGSTOPDuringSession(t *testing.T) {
 		if before {
 			stopAndWait(t, v)
 		}
-		s, err := open(withTimeout(t), v.pid, v.worker)
+		s, err := open(withTimeout(t), v.pid, v.worker, Options{})
 		if err != nil {
 			t.Fatal(err)
 		}
@@ -219,7 +219,7 @@ func TestBounded(t *testing.T) {
 	v.waitAsleep()
 	ctx, cancel := context.WithTimeout(context.Background(), 200*time.Millisecond)
 	defer cancel()
-	s, err := open(ctx, v.pid, v.worker)
+	s, err := open(ctx, v.pid, v.worker, Options{})
 	if err != nil {
 		t.Fatal(err)
 	}

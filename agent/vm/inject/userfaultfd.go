@@ -25,6 +25,9 @@ type Options struct {
 	// VCPUs are threads that run the guest (query-cpus-fast); they are taken only
 	// if nothing else can be. Without it they are known by name or by KVM_RUN.
 	VCPUs []int
+	// Borrow, if not nil, is told each thread that is about to be borrowed, before it
+	// is touched: whoever outlives us asks Home about it before looking for leftovers.
+	Borrow func(tid int)
 	// Trace, if not nil, is filled with how it went.
 	Trace *Trace
 }
@@ -69,7 +72,7 @@ func userfaultfd(ctx context.Context, pid, tid int, o Options) (local *os.File, 
 		}
 	}
 	m.address = socketAddress()
-	s, err := open(ctx, pid, tid, o.VCPUs...)
+	s, err := open(ctx, pid, tid, o)
 	if err != nil {
 		return nil, -1, err
 	}
