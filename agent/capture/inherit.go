@@ -32,6 +32,12 @@ type Written struct {
 // openWriter starts the image, with what it can take over from other checkpoints.
 func (s *session) openWriter(ctx context.Context, txn *store.Txn, blocks []image.Block) error {
 	o := image.WriterOptions{Compress: s.o.Compress, Direct: s.o.Direct, VM: s.sub.Name}
+	if s.o.FullEvery == 1 && !s.o.Dedup && !s.asked() {
+		// No child of it is wanted: tags, half a microsecond a page, would be for nothing.
+		var err error
+		s.writer, err = image.NewWriter(txn.Dir(), blocks, o)
+		return err
+	}
 	scope := s.o.Tenant
 	if scope == "" {
 		scope = "vm:" + s.sub.Name

@@ -58,7 +58,7 @@ type Options struct {
 	// content are stored: ParentAuto (default), ParentNone or an id.
 	Parent string
 	// FullEvery is how many checkpoints a chain has at most before a full one is taken;
-	// 1: all are full ones. Default DefaultFullEvery.
+	// 1: all are full ones, and none can be continued. Default DefaultFullEvery.
 	FullEvery int
 	// Dedup has content looked for elsewhere: in the VM's own RAM, and with Tenant in the
 	// newest checkpoints of the other VMs of that name. VMs of different tenants, and of

@@ -53,14 +53,15 @@ type checkpointReport struct {
 	FaultP99NS    int64    `json:"fault_p99_ns"`
 }
 
-// ckagent takes a checkpoint by the program, from nothing to its exit.
+// ckagent takes a checkpoint by the program, from nothing to its exit: a full one that
+// nobody is going to continue, as the peers' are.
 func (b *bench) ckagent(ctx context.Context, g *guest, dir string) (figures, []stage, error) {
-	return b.checkpoint(ctx, g, dir)
+	return b.checkpoint(ctx, g, dir, "--full-every", "1")
 }
 
 // uffd is ckagent with the synchronous engine.
 func (b *bench) uffd(ctx context.Context, g *guest, dir string) (figures, []stage, error) {
-	return b.checkpoint(ctx, g, dir, "--engine", "uffd")
+	return b.checkpoint(ctx, g, dir, "--full-every", "1", "--engine", "uffd")
 }
 
 // checkpoint is ckagent with more arguments.

@@ -2,6 +2,7 @@ package e2e
 
 import (
 	"os"
+	"path/filepath"
 	"slices"
 	"testing"
 
@@ -119,6 +120,16 @@ func TestModes(t *testing.T) {
 		ids = append(ids, c.ID)
 		t.Logf("%v: pause %.2f ms, total %.0f ms, %d MiB stored", args, float64(c.PauseNS)/1e6, float64(c.TotalNS)/1e6, c.StoredBytes>>20)
 	}
+	// Of whom wants full ones only, none has what a child needs.
+	alone := x.checkpoint(t, v.PID(), "--full-every", "1", "--keep-last", "0")
+	if _, err := os.Stat(filepath.Join(x.dir(t, alone.ID), "tags")); !os.IsNotExist(err) {
+		t.Errorf("a checkpoint that is not to be continued has tags: %v", err)
+	}
+	next := x.checkpoint(t, v.PID(), "--keep-last", "0")
+	if alone.Parent != "" || next.Parent == alone.ID {
+		t.Errorf("%s continues %q, %s continues %q", alone.ID, alone.Parent, next.ID, next.Parent)
+	}
+	ids = append(ids, alone.ID, next.ID)
 	if err := v.Crash(); err != nil {
 		t.Fatal(err)
 	}
