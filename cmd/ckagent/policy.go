@@ -28,7 +28,7 @@ func newPolicyCommand(a *app) *cobra.Command {
 	var dir string
 	c.PersistentFlags().StringVar(&dir, "policy-dir", "", policyDirHelp)
 	c.AddCommand(newPolicyListCommand(a, &dir), newPolicyInstallCommand(a, &dir), newPolicyDescribeCommand(a, &dir),
-		newPolicySetCommand(a), newPolicyReplayCommand(a, &dir))
+		newPolicySetCommand(a), newPolicyRecordCommand(a), newPolicyReplayCommand(a, &dir))
 	return c
 }
 

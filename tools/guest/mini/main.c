@@ -5,7 +5,9 @@
 // Command line (after the file name): ws=MiB rate=pages/s (0: unlimited)
 // dirty=MiB sweep=pages/s words=n tick=ms report=ms beat=us
 // corrupt=word|stale|early|counter:<seconds>; the meaning is that of GD_<NAME>
-// of the Linux guest, and so are the lines on the console (COM1). words is 16 if
+// of the Linux guest, and so are the lines on the console (COM1).
+// burst=<busy>:<quiet> writes for so many seconds and then does not, in turn.
+// power=off|panic is what the power button does; without it, nothing. words is 16 if
 // not given: a KVM that emulates 32-bit code takes about a microsecond for each
 // instruction, and writing all 1024 words of a page milliseconds.
 typedef unsigned char u8;
@@ -23,6 +25,12 @@ static inline void outb(u16 port, u8 v) { __asm__ volatile("outb %0, %1" : : "a"
 static inline u8 inb(u16 port) {
 	u8 v;
 	__asm__ volatile("inb %1, %0" : "=a"(v) : "Nd"(port) : "memory");
+	return v;
+}
+static inline void outw(u16 port, u16 v) { __asm__ volatile("outw %0, %1" : : "a"(v), "Nd"(port) : "memory"); }
+static inline u16 inw(u16 port) {
+	u16 v;
+	__asm__ volatile("inw %1, %0" : "=a"(v) : "Nd"(port) : "memory");
 	return v;
 }
 static inline u64 rdtsc(void) {
@@ -333,6 +341,24 @@ static void look(void) {
 	}
 }
 
+// ---- the power button: ACPI registers, where SeaBIOS puts them on pc and q35 --------
+
+enum { PM_STATUS = 0x600, PM_ENABLE = 0x602, PM_CONTROL = 0x604, PVPANIC = 0x505, BUTTON = 1 << 8, SLEEP = 1 << 13 };
+
+static void power_arm(void) {
+	outw(PM_STATUS, BUTTON); // a one clears it
+	outw(PM_ENABLE, BUTTON);
+}
+static void power_look(char what) {
+	if (!(inw(PM_STATUS) & BUTTON))
+		return;
+	if (what == 'p')
+		outb(PVPANIC, 1);
+	else
+		outw(PM_CONTROL, SLEEP); // type 0, which is S5 there
+	outw(PM_STATUS, BUTTON);
+}
+
 struct multiboot_info { u32 flags, mem_lower, mem_upper, boot_device, cmdline; };
 
 void mini_main(u32 magic, const struct multiboot_info *info) {
@@ -399,6 +425,14 @@ void mini_main(u32 magic, const struct multiboot_info *info) {
 	field("mono_us", now_us());
 	end();
 
+	const char *power = arg_text("power"), *burst = arg_text("burst");
+	if (power)
+		power_arm();
+	u32 busy_us = burst ? parse(burst) * 1000000 : 0, quiet_us = 0;
+	for (; burst && *burst && *burst != ' '; burst++)
+		if (*burst == ':')
+			quiet_us = parse(burst + 1) * 1000000;
+
 	beat_ticks = div64((u64)arg("beat", 0) * ticks_per_ms, 1000, 0);
 	last_look = beat_next = rdtsc();
 	u64 begin = now_us(), tick_at = begin, report_at = begin, gap_at = begin + 1000000, n = 0;
@@ -410,6 +444,11 @@ void mini_main(u32 magic, const struct multiboot_info *info) {
 			late += due - wrote - rate / 5 - 64;
 			wrote = due - rate / 5 - 64;
 		}
+		u32 phase = 0;
+		if (quiet_us)
+			div64(elapsed, busy_us + quiet_us, &phase);
+		if (phase > busy_us)
+			wrote = due;
 		for (u32 i = 0; groups && wrote < due && i < 32; i++, wrote += MEMBERS) {
 			update(pick());
 			look();
@@ -425,6 +464,8 @@ void mini_main(u32 magic, const struct multiboot_info *info) {
 		}
 		if (corrupt && now >= corrupt_at)
 			break_one();
+		if (power)
+			power_look(*power);
 		look();
 		if (now >= tick_at) {
 			text("TICK ");
