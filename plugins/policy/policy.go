@@ -38,6 +38,10 @@ func Now(reason string) *Decision {
 	return &Decision{When: &policypb.Decision_Now{Now: true}, Reason: reason}
 }
 
+// AskAgain is no checkpoint until the policy was asked once more, at an instant at the
+// latest.
+func AskAgain(ns int64, reason string) *Decision { return &Decision{AskAgainNs: ns, Reason: reason} }
+
 // AtIdleSlot is a decision for the next idle slot between two instants.
 func AtIdleSlot(notBeforeNS, deadlineNS int64, reason string) *Decision {
 	return &Decision{When: &policypb.Decision_IdleSlot{IdleSlot: &policypb.IdleSlot{

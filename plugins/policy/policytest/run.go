@@ -5,6 +5,7 @@ import (
 	"errors"
 	"math/rand/v2"
 	"os"
+	"os/exec"
 	"path/filepath"
 	"strconv"
 	"testing"
@@ -22,9 +23,22 @@ const (
 	begin = int64(1_800_000_000_000_000_000)
 )
 
+// Build makes a program of a Go package, such as "." for the one that the test is in.
+func Build(t *testing.T, pkg string) (path string) {
+	t.Helper()
+	path = filepath.Join(t.TempDir(), "policy")
+	if out, err := exec.Command("go", "build", "-o", path, pkg).CombinedOutput(); err != nil {
+		t.Fatalf("go build %s: %v\n%s", pkg, err, out)
+	}
+	return path
+}
+
 // Run tests the program at path with the parameters an operator would give.
 func Run(t *testing.T, path string, params map[string]string) {
 	t.Helper()
+	if os.Geteuid() != 0 {
+		t.Fatal("the suite needs root: ckagent runs nothing that somebody else could have written (sudo -E go test)")
+	}
 	r := plugins.NewRegistry(filepath.Join(t.TempDir(), "policies"))
 	p, err := r.Install(path)
 	if err != nil {
@@ -50,6 +64,7 @@ func Run(t *testing.T, path string, params map[string]string) {
 			t.Fatalf("case %d: the same signals get another decision: %v, %v, %v", i, d, again, err)
 		}
 	}
+	patient(t, g)
 	// Another process decides the same: what it needs to know is in the signals.
 	other, err := h.Start(t.Context(), p, params)
 	if err != nil {
@@ -70,6 +85,39 @@ func Run(t *testing.T, path string, params map[string]string) {
 		t.Error("an unknown parameter is taken: operators would not notice a typing error")
 	} else if !errors.Is(err, plugins.ErrParams) {
 		t.Errorf("an unknown parameter is not answered with INVALID_ARGUMENT: %v", err)
+	}
+}
+
+// soon after a failure nothing is to be tried again.
+const soon = time.Second
+
+// patient makes sure that after failures the next checkpoint is not wanted at once: the
+// host would do it, and the guest would be stopped again and again for nothing.
+func patient(t *testing.T, g *plugins.Generation) {
+	t.Helper()
+	for failures := 1; failures <= 8; failures++ {
+		for _, succeeded := range []bool{false, true} {
+			s := situation(failures)
+			s.History, s.LastSuccessNs = nil, 0
+			if succeeded {
+				s.LastSuccessNs = s.NowNs - int64(100*24*time.Hour)
+				s.History = append(s.History, &policy.Checkpoint{AtNs: s.LastSuccessNs, Ok: true, Mode: "stop", PauseNs: 1e6, TotalNs: 1e9, StoredBytes: 1 << 28})
+			}
+			for range failures {
+				s.History = append(s.History, &policy.Checkpoint{AtNs: s.NowNs - int64(time.Millisecond), Mode: "stop", Error: "the store is full"})
+			}
+			d, err := g.Decide(t.Context(), s)
+			if err != nil {
+				t.Fatalf("after %d failures: %v\nsignals: %v", failures, err, s)
+			}
+			at := d.GetAtNs()
+			if slot := d.GetIdleSlot(); slot != nil {
+				at = slot.GetNotBeforeNs()
+			}
+			if d.GetNow() || d.GetWhen() != nil && at < s.NowNs+int64(soon) {
+				t.Errorf("after %d failures in a row, the last a millisecond ago, it wants the next at once (policy.Retry says when): %v", failures, d)
+			}
+		}
 	}
 }
 

@@ -29,15 +29,19 @@ func (n nightly) Describe() *policy.Description {
 }
 
 func (n nightly) Decide(s *policy.Signals) (*policy.Decision, error) {
-	if s.GetLastSuccessNs() == 0 {
-		return policy.Now("the first checkpoint"), nil
+	const day = int64(24 * time.Hour)
+	switch retry := policy.Retry(s, day); { // never at once after a failure
+	case retry > s.GetNowNs():
+		return policy.At(retry, day, "the last one failed"), nil
+	case retry != 0 || s.GetLastSuccessNs() == 0:
+		return policy.Now("the first checkpoint, or the one that failed"), nil
 	}
 	t := time.Unix(0, s.GetNowNs()).UTC()
 	at := time.Date(t.Year(), t.Month(), t.Day(), n.hour, 0, 0, 0, time.UTC)
 	if !at.After(t) {
 		at = at.AddDate(0, 0, 1)
 	}
-	return policy.At(at.UnixNano(), int64(24*time.Hour), fmt.Sprintf("every day at %02d:00 UTC", n.hour)), nil
+	return policy.At(at.UnixNano(), day, fmt.Sprintf("every day at %02d:00 UTC", n.hour)), nil
 }
 
 func main() { policy.Serve(newNightly) }
