@@ -22,6 +22,8 @@ type replayOptions struct {
 	mtbf     time.Duration
 	fixed    time.Duration
 	perPage  time.Duration
+	speed    float64
+	repeat   int
 	list     bool
 }
 
@@ -41,9 +43,13 @@ func newPolicyReplayCommand(a *app, dir *string) *cobra.Command {
 	f.DurationVar(&o.mtbf, "mtbf", 0, "mean time between failures (default: the trace's)")
 	f.DurationVar(&o.fixed, "cost", replay.DefaultModel.Fixed, "what a checkpoint takes of the guest's time whatever is written")
 	f.DurationVar(&o.perPage, "cost-per-page", replay.DefaultModel.PerPage, "more for each page written first while it is taken")
+	f.Float64Var(&o.speed, "store-speed", replay.DefaultModel.StoreBytesPerSecond, "bytes a checkpoint is written at per second, where the trace does not say")
+	f.IntVar(&o.repeat, "repeat", 1, "go through the trace so many times: a guest that goes on as it did")
 	f.BoolVar(&o.list, "checkpoints", false, "list the checkpoints as well")
 	return c
 }
+
+const maxRepeat = 1000
 
 type replayedCheckpoint struct {
 	AtNS    int64  `json:"at_ns"`
@@ -77,12 +83,15 @@ func runPolicyReplay(c *cobra.Command, a *app, dir string, o *replayOptions, pat
 	if o.mtbf < 0 || o.fixed < 0 || o.perPage < 0 {
 		return usageError("--mtbf, --cost and --cost-per-page are not negative")
 	}
+	if !(o.speed > 0) || o.repeat < 1 || o.repeat > maxRepeat {
+		return usageError("--store-speed wants more than 0, --repeat 1 to %d", maxRepeat)
+	}
 	trace, err := readTrace(path)
 	if err != nil {
 		return err
 	}
-	m := replay.DefaultModel
-	m.Fixed, m.PerPage = o.fixed, o.perPage
+	trace = replay.Repeat(trace, o.repeat)
+	m := replay.Model{Fixed: o.fixed, PerPage: o.perPage, StoreBytesPerSecond: o.speed}
 	if o.mtbf > 0 {
 		m.FailuresPerSecond = 1 / o.mtbf.Seconds()
 	}

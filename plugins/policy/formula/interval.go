@@ -37,6 +37,23 @@ func (c Curve) Dirty(seconds float64) float64 {
 	return c.Pages * -math.Expm1(-seconds/c.Tau)
 }
 
+// Met is how many pages a checkpoint that is written for so many seconds has to save
+// because the guest writes them first: of a scan that passes over memory once, at an even
+// pace, the mean of G over its duration.
+func (c Curve) Met(seconds float64) float64 {
+	if c.Pages <= 0 || seconds <= 0 {
+		return 0
+	}
+	x := seconds / c.Tau
+	switch {
+	case c.Tau <= 0 || math.IsInf(x, 1):
+		return c.Pages
+	case x < 1e-3: // the difference below would be lost in rounding
+		return c.Pages * (x/2 - x*x/6)
+	}
+	return c.Pages * (1 + math.Expm1(-x)/x)
+}
+
 // Until is the time in which so many distinct pages are written; +Inf if never.
 func (c Curve) Until(pages float64) float64 {
 	switch {
@@ -82,20 +99,49 @@ func OverheadCap(interval, share, target float64) float64 {
 	return interval * min(max(share/target, 0.5), 2)
 }
 
-// Cost is what checkpoints every T seconds cost per second, in seconds of the guest's
-// work: (Fixed + PerPage G(T)) / T + FailureRate Weight (T/2 + Commit).
+// Cost is what checkpoints every T seconds of a guest that runs on meanwhile cost per
+// second, in seconds of its work: Lost(T) / T + FailureRate Weight (T/2 + Commit(T)), with
+// Lost(T) = Fixed + PerPage Pages(T).
 type Cost struct {
-	Curve       Curve
-	Fixed       float64 // seconds a checkpoint takes away whatever was written
-	PerPage     float64 // seconds more per page written
-	FailureRate float64 // per second
-	Weight      float64 // of a second lost to a failure against one lost to checkpoints
-	Commit      float64 // seconds from the instant until the checkpoint counts
+	Fixed       float64                 // seconds a checkpoint takes away whatever is written
+	PerPage     float64                 // seconds more per page that it has to save from being written
+	Pages       func(T float64) float64 // how many those are; nil: none
+	Commit      func(T float64) float64 // seconds from the instant until the checkpoint counts; nil: none
+	FailureRate float64                 // per second
+	Weight      float64                 // of a second lost to a failure against one lost to checkpoints
+}
+
+// Lost is what one checkpoint after an interval takes away.
+func (c Cost) Lost(seconds float64) float64 {
+	if c.Pages == nil {
+		return c.Fixed
+	}
+	return c.Fixed + c.PerPage*c.Pages(seconds)
 }
 
 // At is the cost of an interval.
 func (c Cost) At(seconds float64) float64 {
-	return (c.Fixed+c.PerPage*c.Curve.Dirty(seconds))/seconds + c.FailureRate*c.Weight*(seconds/2+c.Commit)
+	commit := 0.0
+	if c.Commit != nil {
+		commit = c.Commit(seconds)
+	}
+	return c.Lost(seconds)/seconds + c.FailureRate*c.Weight*(seconds/2+commit)
+}
+
+// Within is the least interval, from one on, at which checkpoints take away no more than
+// a share of the time.
+func (c Cost) Within(share, from float64) float64 {
+	if !(share > 0) {
+		return from
+	}
+	for range 64 { // Lost grows more slowly than T, and has a limit
+		floor := c.Lost(from) / share
+		if !(floor > from*(1+1e-6)) {
+			break
+		}
+		from = floor
+	}
+	return from
 }
 
 // Least is the interval between the bounds that costs least. The cost may have more

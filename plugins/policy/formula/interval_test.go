@@ -60,7 +60,9 @@ func TestOverheadCap(t *testing.T) {
 func TestLeast(t *testing.T) {
 	c := Cost{Fixed: 0.5, FailureRate: 1.0 / 86400, Weight: 1}
 	near(t, "Young", c.Least(1, 1e5), Young(0.5, 86400), 0.5)
-	c.Curve, c.PerPage = Curve{Pages: 1e6, Tau: 100}, 1e-5
+	g := Curve{Pages: 1e6, Tau: 100}
+	c.PerPage, c.Pages = 1e-5, func(s float64) float64 { return g.Met(g.Dirty(s) * 4096 / 1e8) }
+	c.Commit = func(s float64) float64 { return g.Dirty(s) * 4096 / 1e8 }
 	best := c.Least(1, 1e5)
 	for s := 1.0; s < 1e5; s *= 1.1 {
 		if c.At(s) < c.At(best)*0.999 {
@@ -68,4 +70,29 @@ func TestLeast(t *testing.T) {
 		}
 	}
 	near(t, "never below the bound", c.Least(500, 1e5), max(500, c.Least(500, 1e5)), 0)
+}
+
+// TestMet: the closed form is the mean of the curve.
+func TestMet(t *testing.T) {
+	c := Curve{Pages: 10000, Tau: 20}
+	for _, s := range []float64{1e-3, 0.019, 0.021, 1, 20, 2000} {
+		const steps = 100000
+		sum := 0.0
+		for i := range steps {
+			sum += c.Dirty(s * (float64(i) + 0.5) / steps)
+		}
+		near(t, "mean of G", c.Met(s), sum/steps, 1e-5*c.Met(s))
+	}
+	if c.Met(0) != 0 || (Curve{Pages: 5}).Met(1) != 5 || (Curve{}).Met(1) != 0 {
+		t.Error("limits")
+	}
+}
+
+func TestWithin(t *testing.T) {
+	g := Curve{Pages: 1e5, Tau: 30}
+	c := Cost{Fixed: 0.01, PerPage: 1e-5, Pages: g.Dirty}
+	got := c.Within(0.01, 1)
+	near(t, "as much as is allowed", c.Lost(got)/got, 0.01, 1e-6)
+	near(t, "already so", c.Within(0.01, 500), 500, 0)
+	near(t, "no limit", c.Within(0, 7), 7, 0)
 }

@@ -18,7 +18,7 @@ import (
 // Model is what checkpoints cost.
 type Model struct {
 	Fixed   time.Duration // of the guest's work, whatever it writes
-	PerPage time.Duration // more for each page written first while the checkpoint is
+	PerPage time.Duration // more for each page that is written before it was copied
 	// StoreBytesPerSecond holds where the trace does not say.
 	StoreBytesPerSecond float64
 	// FailuresPerSecond replaces the trace's if it is not 0.
@@ -129,12 +129,17 @@ func (r *run) signals() *policy.Signals {
 	s := &policy.Signals{Vm: line.GetVm(), Memory: line.GetMemory(), Network: line.GetNetwork(), Cpu: line.GetCpu(), Disk: line.GetDisk(),
 		Host: line.GetHost(), Capabilities: line.GetCapabilities(), NowNs: r.now, ProtectedSinceNs: r.trace[0].GetNowNs(),
 		History: r.history[max(0, len(r.history)-history):], Last: r.decision}
-	if r.model.FailuresPerSecond > 0 {
+	if unknown := !(s.GetHost().GetStoreBytesPerSecond() > 0); unknown || r.model.FailuresPerSecond > 0 {
 		s.Host = proto.CloneOf(line.GetHost())
 		if s.Host == nil {
 			s.Host = &policypb.Host{}
 		}
-		s.Host.FailuresPerSecond = r.model.FailuresPerSecond
+		if unknown {
+			s.Host.StoreBytesPerSecond = r.model.StoreBytesPerSecond
+		}
+		if r.model.FailuresPerSecond > 0 {
+			s.Host.FailuresPerSecond = r.model.FailuresPerSecond
+		}
 	}
 	if n := len(r.history); n > 0 {
 		s.LastSuccessNs = r.history[n-1].GetAtNs()
@@ -196,7 +201,7 @@ func (r *run) checkpoint(at int64, d *policy.Decision) {
 	r.res.MaxLossNS = max(r.res.MaxLossNS, at+c.TotalNS-r.committed)
 	r.committed = at
 	r.history = append(r.history, &policy.Checkpoint{AtNs: at, Ok: true, Mode: d.GetMode(), PauseNs: int64(r.model.Fixed), TotalNs: c.TotalNS,
-		StoredBytes: c.Bytes, RawBytes: c.Bytes, CapturedPages: uint64(curve.Dirty(total)), WorkLostShare: (lost - r.model.Fixed.Seconds()) / total})
+		StoredBytes: c.Bytes, RawBytes: c.Bytes, CapturedPages: uint64(curve.Met(total)), WorkLostShare: (lost - r.model.Fixed.Seconds()) / total})
 	r.res.Checkpoints = append(r.res.Checkpoints, c)
 	r.res.Bytes += c.Bytes
 	r.now = at + max(c.TotalNS, int64(time.Millisecond))
@@ -205,7 +210,7 @@ func (r *run) checkpoint(at int64, d *policy.Decision) {
 // cost is the guest's time that a checkpoint of so many bytes takes, and its own.
 func cost(curve formula.Curve, bytes, store float64, m Model) (lost, total float64) {
 	total = max(bytes/store, m.Fixed.Seconds(), 1e-3)
-	return min(m.Fixed.Seconds()+curve.Dirty(total)*m.PerPage.Seconds(), total), total
+	return min(m.Fixed.Seconds()+curve.Met(total)*m.PerPage.Seconds(), total), total
 }
 
 // expose adds up what failures until then would cost.
@@ -243,7 +248,7 @@ func nanos(s float64) int64    { return int64(math.Round(s * 1e9)) }
 func BestFixed(ctx context.Context, trace []*policy.Signals, m Model, shortest, longest time.Duration) (best *Result, interval time.Duration, err error) {
 	longest = min(longest, time.Duration(trace[len(trace)-1].GetNowNs()-trace[0].GetNowNs()))
 	const finer = 1.15
-	for t := shortest; t > 0 && t <= longest; t = time.Duration(float64(t) * finer) {
+	for t := shortest; t > 0 && t <= longest; t = min(time.Duration(float64(t)*finer), max(longest, t+1)) {
 		p, err := shipped.NewFixed(map[string]string{"interval": t.String()})
 		if err != nil {
 			return nil, 0, err

@@ -3,11 +3,13 @@ package replay
 import (
 	"bufio"
 	"bytes"
+	"compress/gzip"
 	"errors"
 	"fmt"
 	"io"
 
 	"google.golang.org/protobuf/encoding/protojson"
+	"google.golang.org/protobuf/proto"
 
 	"github.com/ckagent/ckagent/plugins/policy"
 )
@@ -15,15 +17,25 @@ import (
 const (
 	maxLines = 1 << 18
 	maxLine  = 1 << 20 // bytes
+	maxTrace = 1 << 30 // bytes, unpacked
 )
 
 // ErrTrace is what the errors about a trace match.
 var ErrTrace = errors.New("not a trace of signals")
 
-// Read reads a trace.
+// Read reads a trace, which may be packed by gzip.
 func Read(r io.Reader) ([]*policy.Signals, error) {
 	var trace []*policy.Signals
-	sc := bufio.NewScanner(r)
+	in := bufio.NewReader(r)
+	r = in
+	if magic, err := in.Peek(2); err == nil && bytes.Equal(magic, []byte{0x1f, 0x8b}) {
+		unpacked, err := gzip.NewReader(in)
+		if err != nil {
+			return nil, fmt.Errorf("%w: %w", ErrTrace, err)
+		}
+		r = unpacked
+	}
+	sc := bufio.NewScanner(io.LimitReader(r, maxTrace))
 	sc.Buffer(nil, maxLine)
 	for n := 1; sc.Scan(); n++ {
 		line := bytes.TrimSpace(sc.Bytes())
@@ -49,4 +61,19 @@ func Read(r io.Reader) ([]*policy.Signals, error) {
 		return nil, fmt.Errorf("%w: %d lines; want 2 at least", ErrTrace, len(trace))
 	}
 	return trace, nil
+}
+
+// Repeat is a trace that was recorded, and then goes on as it did, so many times in all.
+func Repeat(trace []*policy.Signals, times int) []*policy.Signals {
+	last := len(trace) - 1
+	period := trace[last].GetNowNs() - trace[0].GetNowNs() + trace[last].GetNowNs() - trace[last-1].GetNowNs()
+	out := make([]*policy.Signals, 0, times*len(trace))
+	for n := range times {
+		for _, s := range trace {
+			s = proto.CloneOf(s)
+			s.NowNs += int64(n) * period
+			out = append(out, s)
+		}
+	}
+	return out
 }

@@ -31,7 +31,7 @@ func NewAuto(given map[string]string) (policy.Policy, error) {
 
 func (a *auto) Describe() *policy.Description {
 	return &policy.Description{Name: "auto", Version: "1",
-		Formula: "least cost (cost-min), at least what the store and the overhead allow, at an idle slot in [T, 1.2 T]",
+		Formula: "least cost (cost-min) of a checkpoint taken now, at least what the store and the overhead allow, at an idle slot in [T, 1.2 T]",
 		Source:  "cost-min, bandwidth, overhead-cap and idle-slot together; modes by preference and by what failed", Params: a.params}
 }
 
@@ -48,8 +48,8 @@ func (a *auto) Decide(s *policy.Signals) (*policy.Decision, error) {
 	m := mtbf(s, a.mtbf)
 	model := costModel(s, m, 1)
 	t := model.Least(a.shortest, a.longest)
-	why := fmt.Sprintf("least work lost in all at %s (a checkpoint costs %s, failures come every %s)", span(t), span(model.Fixed), span(m))
-	if floor := (model.Fixed + model.PerPage*model.Curve.Dirty(t)) / a.overhead; floor > t {
+	why := fmt.Sprintf("least work lost in all at %s (a checkpoint now costs %s, failures come every %s)", span(t), span(model.Lost(t)), span(m))
+	if floor := model.Within(a.overhead, t); floor > t {
 		t, why = floor, fmt.Sprintf("at most %.2g %% of the guest's time", 100*a.overhead)
 	}
 	if floor := a.storeFloor(s); floor > t && !math.IsInf(floor, 1) {
@@ -59,11 +59,20 @@ func (a *auto) Decide(s *policy.Signals) (*policy.Decision, error) {
 	mode, reason := chooseMode(s)
 	why = fmt.Sprintf("every %s: %s; %s", span(t), why, reason)
 	d := due(s, t, why)
-	if late := bounded(s, t*slack, a.longest); s.GetCapabilities().GetIdleSlots() && s.GetNetwork().GetIdleShare() > 0 && late > t {
+	if late := bounded(s, t*slack, a.longest); s.GetCapabilities().GetIdleSlots() && rests(s) && late > t {
 		d = slotOr(s, t, late, why+"; an idle slot")
 	}
 	d.Mode = mode
 	return d, nil
+}
+
+// neverIdle is the share of its vCPUs' time from which on a guest has no idle slot that
+// is worth waiting for.
+const neverIdle = 0.95
+
+// rests reports a guest that has idle slots now and then.
+func rests(s *policy.Signals) bool {
+	return s.GetNetwork().GetIdleShare() > 0 && s.GetCpu().GetBusyShare() < neverIdle
 }
 
 // storeFloor is the interval from which on the store keeps up with half its speed.

@@ -12,13 +12,6 @@ import (
 
 const second = float64(time.Second)
 
-// Backoff after failed checkpoints: the first retry comes soon, the sixth after five
-// minutes, never later than the interval.
-const (
-	firstRetry = 10.0 // seconds
-	lastRetry  = 320.0
-)
-
 func seconds(ns int64) float64 { return float64(ns) / second }
 
 // span is a length of time for people.
@@ -54,20 +47,6 @@ func since(s *policy.Signals) int64 {
 	return 0 // never: due now
 }
 
-// failures counts the failed checkpoints since the last success, and says when the
-// last of them was.
-func failures(s *policy.Signals) (n int, last int64) {
-	for _, c := range slices.Backward(s.GetHistory()) {
-		if c.GetOk() {
-			break
-		}
-		if n++; n == 1 {
-			last = c.GetAtNs()
-		}
-	}
-	return n, last
-}
-
 // due makes a decision of an interval in seconds.
 func due(s *policy.Signals, interval float64, reason string) *policy.Decision {
 	now, ivl := s.GetNowNs(), int64(math.Round(interval*second))
@@ -75,12 +54,10 @@ func due(s *policy.Signals, interval float64, reason string) *policy.Decision {
 	if since(s) == 0 {
 		at, reason = now, "the first checkpoint; then: "+reason
 	}
-	if n, last := failures(s); n > 0 {
-		wait := min(firstRetry*math.Pow(2, float64(n-1)), lastRetry, max(interval, firstRetry))
-		if retry := last + int64(wait*second); retry > at {
-			at = retry
-			reason = fmt.Sprintf("%d failed in a row, the next attempt %s after the last; %s", n, span(wait), reason)
-		}
+	if retry := policy.Retry(s, ivl); retry > at {
+		n, last := policy.Failures(s)
+		at = retry
+		reason = fmt.Sprintf("%d failed in a row, the next attempt %s after the last; %s", n, span(seconds(retry-last)), reason)
 	}
 	var d *policy.Decision
 	if at <= now {
@@ -97,13 +74,22 @@ func Curve(s *policy.Signals) formula.Curve { return curve(s) }
 
 // curve is the dirty-rate curve. Without a fitted one it is the rate, without a
 // rate nothing is known to be written.
+//
+// A fitted curve is of the last minutes, the rate of now. Where they contradict each
+// other, the guest is taken to write the same pages as before, faster or more slowly.
 func curve(s *policy.Signals) formula.Curve {
 	m := s.GetMemory()
-	if m.GetGPages() > 0 && !math.IsInf(m.GetGPages(), 1) && m.GetGTauNs() >= 0 {
-		return formula.Curve{Pages: m.GetGPages(), Tau: m.GetGTauNs() / second}
-	}
 	rate := m.GetDirtyPagesPerSecond()
-	if !(rate > 0) || math.IsInf(rate, 1) {
+	known := rate > 0 && !math.IsInf(rate, 1)
+	if m.GetGPages() > 0 && !math.IsInf(m.GetGPages(), 1) && m.GetGTauNs() >= 0 {
+		c := formula.Curve{Pages: m.GetGPages(), Tau: m.GetGTauNs() / second}
+		fitted := c.Dirty(1)
+		if off := math.Abs(rate - fitted); known && c.Tau > 0 && off > max(tolerance*fitted, 2*m.GetErrorPagesPerSecond()) {
+			c.Tau *= fitted / min(rate, c.Pages)
+		}
+		return c
+	}
+	if !known {
 		return formula.Curve{}
 	}
 	pages := float64(max(m.GetWssBytes(), s.GetVm().GetUsedBytes())) / pageBytes
@@ -113,7 +99,11 @@ func curve(s *policy.Signals) formula.Curve {
 	return formula.Curve{Pages: pages, Tau: pages / rate}
 }
 
-const pageBytes = 4096
+const (
+	pageBytes = 4096
+	// tolerance is how far a rate over a second may be off the curve before it contradicts it.
+	tolerance = 0.25
+)
 
 // succeeded are the last checkpoints that were committed, newest last.
 func succeeded(s *policy.Signals, n int) []*policy.Checkpoint {
@@ -137,18 +127,6 @@ func median(list []*policy.Checkpoint, of func(*policy.Checkpoint) float64) floa
 	}
 	slices.Sort(v)
 	return v[len(v)/2]
-}
-
-// cost is the guest's time that a checkpoint takes away, in seconds: its pause and
-// the work lost while it is written. assumed where nothing was measured yet.
-func cost(s *policy.Signals) (secs float64, assumed bool) {
-	list := succeeded(s, 8)
-	if len(list) == 0 {
-		return 0.1, true
-	}
-	return max(median(list, func(c *policy.Checkpoint) float64 {
-		return seconds(c.GetPauseNs()) + seconds(c.GetTotalNs())*c.GetWorkLostShare()
-	}), 1e-4), false
 }
 
 // bytesPerPage is what a written page takes in the store.

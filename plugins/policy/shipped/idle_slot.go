@@ -48,7 +48,7 @@ func (i *idleSlot) Decide(s *policy.Signals) (*policy.Decision, error) {
 func slotOr(s *policy.Signals, shortest, longest float64, what string) *policy.Decision {
 	d := due(s, longest, fmt.Sprintf("%s from %s on, at the latest after %s", what, span(shortest), span(longest)))
 	at, ok := d.GetWhen().(*policypb.Decision_AtNs)
-	if n, _ := failures(s); !ok || n > 0 {
+	if n, _ := policy.Failures(s); !ok || n > 0 {
 		return d // overdue, or a retry: without waiting
 	}
 	slot := policy.AtIdleSlot(max(since(s)+int64(shortest*second), s.GetNowNs()), at.AtNs, d.GetReason())

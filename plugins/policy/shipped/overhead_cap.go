@@ -38,9 +38,8 @@ func (o *overheadCap) Decide(s *policy.Signals) (*policy.Decision, error) {
 	share := 0.0
 	if n := len(list); n > 1 {
 		was := seconds(list[n-1].GetAtNs() - list[n-2].GetAtNs())
-		c := list[n-1]
-		lost := seconds(c.GetPauseNs()) + seconds(c.GetTotalNs())*c.GetWorkLostShare()
-		share = lost / max(was, lost)
+		took := lost(list[n-1])
+		share = took / max(was, took)
 		t = formula.OverheadCap(was, share, o.target)
 	}
 	t = bounded(s, max(t, o.shortest), o.longest)
