@@ -58,7 +58,7 @@ func TestRecord(t *testing.T) {
 			t.Logf("%d commits", stop())
 		})
 		t.Run("compute", func(t *testing.T) {
-			recordLong(t, dir, "compute", vmtest.Start(t, vmtest.Config{Guest: vmtest.Mini, MemoryMiB: 512, WSMiB: 256, Rate: 20000, Append: "burst=45:45"}))
+			recordLong(t, dir, "compute", vmtest.Start(t, vmtest.Config{Guest: vmtest.Mini, MemoryMiB: 512, WSMiB: 256, Rate: 10000, Append: "burst=45:45"}))
 		})
 	}
 	v := vmtest.Start(t, vmtest.Config{Guest: vmtest.Mini, MemoryMiB: 64, WSMiB: 16, Rate: 4000, Append: "burst=2:2"})
