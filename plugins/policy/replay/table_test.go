@@ -3,6 +3,7 @@ package replay
 import (
 	"flag"
 	"fmt"
+	"maps"
 	"os"
 	"slices"
 	"strings"
@@ -66,7 +67,7 @@ func (s scenario) outcome(t *testing.T) outcome {
 // traces of a guest that changes it costs less. The interval is the best in hindsight,
 // within the same bounds.
 func TestAuto(t *testing.T) {
-	for _, s := range slices.Concat(tuning, heldBack) {
+	for _, s := range slices.Concat(recorded, tuning, heldBack) {
 		t.Run(s.name, func(t *testing.T) {
 			o := s.outcome(t)
 			ratio := o.auto.Cost / o.best.Cost
@@ -125,6 +126,19 @@ func TestTables(t *testing.T) {
 
 func tables(t *testing.T) string {
 	var b strings.Builder
+	for _, s := range recorded {
+		o := s.outcome(t)
+		fmt.Fprintf(&b, "\nRecorded, `%s`: %s.\n\n", s.name, s.what)
+		b.WriteString("| policy | checkpoints | overhead | expected loss | together | of the best fixed | lost at a failure | at worst |\n|---|---|---|---|---|---|---|---|\n")
+		row := func(name string, r *Result) {
+			fmt.Fprintf(&b, "| %s | %d | %.4f %% | %.4f %% | %.4f %% | %.2f | %.1f s | %.1f s |\n", name, len(r.Checkpoints), 100*r.Overhead,
+				100*r.Exposure, 100*r.Cost, r.Cost/o.best.Cost, float64(r.MeanLossNS)/1e9, float64(r.MaxLossNS)/1e9)
+		}
+		for _, name := range slices.Sorted(maps.Keys(shipped.All)) {
+			row("`"+name+"`", replayed(t, o.trace, name, s.model))
+		}
+		row("fixed, every "+o.interval.Round(time.Second).String()+": the best", o.best)
+	}
 	b.WriteString("\nMade, those that constants were chosen by, and drawn at random, held back from that:\n\n")
 	b.WriteString("| trace | guest | best fixed interval | it costs | `auto` costs | of it | of the best without a bound |\n|---|---|---|---|---|---|---|\n")
 	for _, s := range slices.Concat(tuning, heldBack) {

@@ -4,6 +4,8 @@ import (
 	"fmt"
 	"math"
 	"math/rand/v2"
+	"os"
+	"path/filepath"
 	"testing"
 	"time"
 
@@ -19,6 +21,37 @@ type scenario struct {
 	mixed      bool // the guest changes
 	model      Model
 	trace      func(testing.TB) []*policy.Signals
+}
+
+// recordedDay is what the recorded guests are replayed with: a failure a day, so that
+// traces of minutes, gone through again and again, have many checkpoints in them; the
+// store's speed is that of the machine they were recorded on.
+var recordedDay = Model{Fixed: DefaultModel.Fixed, PerPage: DefaultModel.PerPage, StoreBytesPerSecond: 300e6, FailuresPerSecond: 1 / 86400.0}
+
+// recorded are traces of real guests, made by `ckagent policy record` (tools/signals,
+// TestRecord).
+var recorded = []scenario{
+	fromFile("idle", "an idle Linux guest with a server that nobody asks", false),
+	fromFile("server", "a Linux guest with a database that commits 30 rows a second for 45 s, and then none", true),
+	fromFile("compute", "a guest that writes up to 10,000 pages/s at random in 256 MiB for 45 s, and then none", true),
+}
+
+func fromFile(name, what string, mixed bool) scenario {
+	return scenario{name, what, mixed, recordedDay, func(t testing.TB) []*policy.Signals {
+		t.Helper()
+		f, err := os.Open(filepath.Join("testdata", name+".jsonl.gz"))
+		if err != nil {
+			t.Fatal(err)
+		}
+		defer f.Close()
+		trace, err := Read(f)
+		if err != nil {
+			t.Fatal(err)
+		}
+		const hours = 2
+		last := len(trace) - 1
+		return Repeat(trace, 1+int(int64(hours*time.Hour)/(trace[last].GetNowNs()-trace[0].GetNowNs())))
+	}}
 }
 
 // tuning are the traces that the constants of the policies were chosen by: made, not
