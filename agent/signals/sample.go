@@ -72,6 +72,7 @@ type Network struct {
 	OutRate     float64 `json:"out_bytes_per_second"`
 	Requests    uint64  `json:"requests_total"`
 	Answers     uint64  `json:"answers_total"`
+	OutPktRate  float64 `json:"out_packets_per_second"` // calls, of sockets
 	RequestRate float64 `json:"requests_per_second"`
 	AnswerNS    int64   `json:"answer_time_total_ns"`
 	Pending     int64   `json:"pending_requests"`

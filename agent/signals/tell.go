@@ -23,6 +23,7 @@ func (s *Sample) Tell(to *policy.Signals) {
 		for _, dev := range s.Network {
 			n.OutBytesPerSecond += dev.OutRate
 			n.InBytesPerSecond += dev.InRate
+			n.OutPacketsPerSecond += dev.OutPktRate
 			n.OpenRequests += uint64(max(0, dev.Pending))
 			n.Idle = n.Idle && dev.Idle
 			n.IdleShare = max(n.IdleShare, dev.IdleShare)

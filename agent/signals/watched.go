@@ -247,6 +247,7 @@ func (v *watched) readNetwork(s *Sample, k *Kernel, dt time.Duration) error {
 	add := func(n Network) {
 		b := before[n.Device]
 		n.InRate, n.OutRate = rate(n.InBytes, b.InBytes, dt), rate(n.OutBytes, b.OutBytes, dt)
+		n.OutPktRate = rate(n.OutPackets, b.OutPackets, dt)
 		n.RequestRate, n.SlotsRate = rate(n.Requests, b.Requests, dt), rate(n.Slots, b.Slots, dt)
 		n.IdleShare = rate(uint64(n.IdleNS), uint64(b.IdleNS), dt) / 1e9
 		s.Network = append(s.Network, n)
