@@ -75,42 +75,50 @@ func TestProgramsThatDoNotServe(t *testing.T) {
 	r := registry(t, append(names, "rogue")...)
 	temp := shortDir(t)
 	h := &Host{StartTimeout: 3 * time.Second, TempDir: temp}
-	for name, says := range map[string]string{
-		"mute": "no answer in time", "noise": "Unrecognized remote plugin message: hello, world", "endless": "",
-		"quits": "no such library", "old": "version", "naked": "no certificate", "stranger": "cert", "network": "unix socket",
-		"frozen": "no answer in time", "orphans": "orphan",
-	} {
-		p, err := r.Lookup(name)
-		if err != nil {
-			t.Fatal(err)
-		}
-		within(t, 5*time.Second, name, func() {
-			g, err := h.Start(t.Context(), p, nil)
-			if err == nil {
-				t.Errorf("%s started", name)
-				g.End()
-				return
-			}
-			if !errors.Is(err, ErrStart) || !strings.Contains(err.Error(), says) {
-				t.Errorf("%s: %v, want %q", name, err, says)
-			}
-			if _, pid, ok := strings.Cut(err.Error(), "orphan "); ok {
-				n, _ := strconv.Atoi(strings.Fields(pid)[0])
-				_ = unix.Kill(n, unix.SIGKILL)
-			}
-		})
-	}
 	rogue, err := r.Lookup("rogue")
 	if err != nil {
 		t.Fatal(err)
 	}
-	for how, want := range map[string]error{"nameless": ErrAnswer, "hang-describe": ErrSlow} {
-		within(t, 5*time.Second, how, func() {
-			if _, err := h.Start(t.Context(), rogue, map[string]string{"how": how}); !errors.Is(err, want) {
-				t.Errorf("%s: %v, want %v", how, err, want)
-			}
-		})
-	}
+	t.Run("programs", func(t *testing.T) { // at once: some are waited for as long as they may take
+		for name, says := range map[string]string{
+			"mute": "no answer in time", "noise": "Unrecognized remote plugin message: hello, world", "endless": "",
+			"quits": "no such library", "old": "version", "naked": "no certificate", "stranger": "cert", "network": "unix socket",
+			"frozen": "no answer in time", "orphans": "orphan",
+		} {
+			t.Run(name, func(t *testing.T) {
+				t.Parallel()
+				p, err := r.Lookup(name)
+				if err != nil {
+					t.Fatal(err)
+				}
+				within(t, 5*time.Second, name, func() {
+					g, err := h.Start(t.Context(), p, nil)
+					if err == nil {
+						t.Errorf("%s started", name)
+						g.End()
+						return
+					}
+					if !errors.Is(err, ErrStart) || !strings.Contains(err.Error(), says) {
+						t.Errorf("%s: %v, want %q", name, err, says)
+					}
+					if _, pid, ok := strings.Cut(err.Error(), "orphan "); ok {
+						n, _ := strconv.Atoi(strings.Fields(pid)[0])
+						_ = unix.Kill(n, unix.SIGKILL)
+					}
+				})
+			})
+		}
+		for how, want := range map[string]error{"nameless": ErrAnswer, "hang-describe": ErrSlow} {
+			t.Run(how, func(t *testing.T) {
+				t.Parallel()
+				within(t, 5*time.Second, how, func() {
+					if _, err := h.Start(t.Context(), rogue, map[string]string{"how": how}); !errors.Is(err, want) {
+						t.Errorf("%s: %v, want %v", how, err, want)
+					}
+				})
+			})
+		}
+	})
 	if _, err := h.Start(t.Context(), rogue, map[string]string{"what": "1"}); !errors.Is(err, ErrParams) || !strings.Contains(err.Error(), `"what"`) {
 		t.Errorf("an unknown parameter: %v", err)
 	}
