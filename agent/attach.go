@@ -5,6 +5,7 @@ import (
 	"errors"
 	"fmt"
 	"regexp"
+	"slices"
 	"strings"
 	"time"
 
@@ -25,6 +26,10 @@ type Options struct {
 	// Overlays takes those whose disks only an overlay can keep (capture.DisksOverlay).
 	Overlays bool
 
+	// Track has checkpoints by engine bpf leave their marks in the VM's memory, so that the
+	// next one reads only what was written since (capture.Tracking).
+	Track bool
+
 	Hooks  Hooks
 	Freeze time.Duration // freeze the guest's file systems for the pause, no longer than this; 0: do not
 }
@@ -42,6 +47,7 @@ type VM struct {
 	qemu    image.QEMU
 
 	witness *witness
+	track   *capture.Tracking // nil: nothing is tracked between checkpoints
 }
 
 // Attach takes hold of the VM that runs as process pid. It changes nothing, but takes
@@ -59,6 +65,9 @@ func Attach(ctx context.Context, pid int, o Options) (*VM, error) {
 	}
 	v := &VM{opts: o, pid: pid, lock: lock, proc: proc}
 	v.witness = &witness{v: v}
+	if o.Track {
+		v.track = &capture.Tracking{}
+	}
 	if err := v.open(ctx); err != nil {
 		return nil, errors.Join(v.proc.Explain(err), v.Close())
 	}
@@ -133,6 +142,9 @@ func (v *VM) look(ctx context.Context, t *vm.Target) error {
 	if err != nil {
 		return err
 	}
+	if v.track.Since() != "" { // ours
+		refusals = slices.DeleteFunc(refusals, func(r vm.Refusal) bool { return r.Code == vm.RefusedUserfaultfd })
+	}
 	m, err := t.Describe(ctx)
 	if err != nil {
 		return err
@@ -171,6 +183,7 @@ func (v *VM) Checkpoint(ctx context.Context, st *store.Store, o capture.Options)
 	if o.Proven == nil {
 		o.Proven = proving.Proven(o.Helper)
 	}
+	o.Track = v.track
 	var res *capture.Result
 	missed, err := v.opts.Hooks.around(ctx, v, func() (id string, err error) {
 		res, err = capture.Take(ctx, capture.Subject{Target: v.target, Name: v.Name, Machine: v.machine, QEMU: v.qemu, Lock: v.lock.File()}, st, o)
@@ -207,5 +220,5 @@ func (v *VM) Ended() <-chan struct{} { return v.proc.Done() }
 func (v *VM) Close() error {
 	err := v.Rest()
 	v.witness.end()
-	return errors.Join(err, v.lock.Close(), v.proc.Close())
+	return errors.Join(err, v.track.Close(), v.lock.Close(), v.proc.Close())
 }

@@ -48,6 +48,7 @@ func Planned(s *apipb.Spec) (Options, Protection, error) {
 	o := Options{Name: s.GetName(), QMP: s.GetQmp(), LeaveDisksOut: s.GetDisks() == string(capture.DisksNone),
 		Overlays: s.GetDisks() == string(capture.DisksOverlay),
 		Freeze:   time.Duration(s.GetFreezeNs()),
+		Track:    s.GetTrack(),
 		Hooks:    Hooks{Pre: s.GetPreHook(), Post: s.GetPostHook(), Timeout: time.Duration(s.GetHookTimeoutNs())}}
 	if o.Hooks.Timeout == 0 {
 		o.Hooks.Timeout = time.Minute

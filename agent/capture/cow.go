@@ -36,7 +36,7 @@ func startCOW(s *session, control *os.File) (*cow, error) {
 		scans = max(1, min(scans, pages/3/(2*source.WholePages))) // half of a ring must hold one
 	}
 	scanPages := min(scanRingBytes/source.PageBytes, pages/3/scans)
-	srv, err := faultserver.New(faultserver.Start{
+	start := faultserver.Start{
 		Self: s.o.Helper[0], Args: append(s.o.Helper[1:len(s.o.Helper):len(s.o.Helper)], FaultServerVerb),
 		Control:        control,
 		FaultRingPages: (pages - scans*scanPages) / faults, ScanRingPages: scanPages,
@@ -50,7 +50,11 @@ func startCOW(s *session, control *os.File) (*cow, error) {
 			Engine: faultserver.Engine(s.engine), RingBytes: kernelRingBytes, Throttle: s.mayThrottle(),
 			Guest: guestRanges(s.target), Escaped: s.escaped,
 		},
-	})
+	}
+	if err := s.track(&start); err != nil {
+		return nil, err
+	}
+	srv, err := faultserver.New(start)
 	if err != nil {
 		return nil, problem.New(problem.Failed, "start the fault server", s.object, "%w", err)
 	}
@@ -107,7 +111,7 @@ func (c *cow) prearm(ctx context.Context, s *session) error {
 	if err := c.srv.Prearm(ctx); err != nil {
 		return s.captureError("arm RAM", err)
 	}
-	return nil
+	return s.hold(c.srv)
 }
 
 // finish scans, drains and waits until nothing is armed any more.

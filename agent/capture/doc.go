@@ -23,7 +23,8 @@
 //	freeze                          what was written since the pre-arm is re-armed
 //	cont                            the guest runs; the checkpoint is decided
 //	faults and scan -> arena -> image
-//	release                         nothing of ours is left in the guest
+//	release                         nothing of ours is left in the guest, but for the
+//	                                marks of engine bpf that a Tracking keeps
 //	fsync, rename                   the checkpoint exists
 //
 // Saving the device state can write guest RAM, so the freeze comes after it.

@@ -59,9 +59,12 @@ func (d *drainer) ring(ctx context.Context, r *arena.Ring) error {
 		if err := d.pace(ctx, len(rec.Data), rec.Origin == arena.ByFault); err != nil {
 			return err
 		}
-		if rec.Data == nil {
+		switch {
+		case rec.Same:
+			err = d.w.WriteUnchanged(rec.Block, rec.First, rec.Pages)
+		case rec.Data == nil:
 			err = d.w.WriteZero(rec.Block, rec.First, rec.Pages)
-		} else {
+		default:
 			err = d.w.WritePages(rec.Block, rec.First, rec.Data)
 		}
 		if err != nil {

@@ -69,6 +69,9 @@ type Options struct {
 	// device state is saved, in modes stop and buffer, what was written since a checkpoint:
 	// if that is the parent, nothing else is read. nil: not known.
 	Written func(ctx context.Context) (*Written, error)
+	// Track, if not nil, has engine bpf leave its marks where they are, and read no more
+	// than was written since they were made if the next checkpoint continues this one.
+	Track *Tracking
 
 	// MaxStall bounds how long a vCPU may wait for us. Default 100 ms.
 	MaxStall time.Duration

@@ -84,6 +84,9 @@ func Take(ctx context.Context, sub Subject, st *store.Store, o Options) (*Result
 		if err = s.take(ctx); err == nil {
 			return res, nil
 		}
+		if lost := o.Track.Close(); lost != nil { // marks of a checkpoint that is none
+			err = errors.Join(err, lost)
+		}
 		if !p.next(err) {
 			break
 		}
@@ -110,6 +113,8 @@ type session struct {
 	depth  int
 	disks  diskMethod
 	left   []image.Disk // disks that are left out
+	// tracked: pages not written since the parent are known by marks (Options.Track).
+	tracked bool
 
 	migration vm.Migration // as it was before anything was done
 }
@@ -212,6 +217,9 @@ func (s *session) take(ctx context.Context) (err error) {
 		return err
 	}
 	committed = true
+	if s.o.Track != nil && s.engine == EngineBPF {
+		s.o.Track.since = m.ID
+	}
 	if err := s.disks.Keep(ctx); err != nil {
 		// The checkpoint exists; what is left costs a little memory in QEMU and is
 		// removed by the next one.
@@ -256,6 +264,11 @@ func (s *session) capture(ctx context.Context) (hot image.HotRuns, err error) {
 
 	var inside func(context.Context) error
 	var after func(context.Context) error
+	if s.mode != COW {
+		if err := s.track(nil); err != nil {
+			return nil, err
+		}
+	}
 	switch s.mode {
 	case COW:
 		begin := time.Now()

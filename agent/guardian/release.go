@@ -79,7 +79,7 @@ func releaseIn(ctx context.Context, dir string, pid int) (Report, error) {
 	r.TookNS = time.Since(began).Nanoseconds()
 	if r.Armed || len(r.Problems) > 0 {
 		return r, problem.New(problem.Failed, "release", object, "%w", releaseFailure(r)).
-			WithHint("see who holds it: ls -l /proc/%d/fd | grep userfaultfd; grep -c ' uw' /proc/%d/smaps", pid, pid)
+			WithHint("if the VM is protected with --track, detach it; see who holds it: ls -l /proc/%d/fd | grep userfaultfd; grep -c ' uw' /proc/%d/smaps", pid, pid)
 	}
 	removeState(dir, qemu)
 	cgroup.Remove(groupName(qemu))

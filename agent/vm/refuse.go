@@ -241,6 +241,9 @@ func (t *Target) refuseConfidential(ctx context.Context) ([]Refusal, error) {
 		Advice: "run the VM without memory encryption"}}, nil
 }
 
+// RefusedUserfaultfd is the code of a refusal because of a userfaultfd on a RAMBlock.
+const RefusedUserfaultfd = "userfaultfd"
+
 // uffdFlags are VmFlags codes of a mapping registered with a userfaultfd.
 var uffdFlags = []string{"um", "uw", "ui"}
 
@@ -304,7 +307,7 @@ func refuseBlock(b *RAMBlock, vmas []VMA) []Refusal {
 		if j < 0 {
 			continue
 		}
-		out = append(out, Refusal{Code: "userfaultfd", Object: b.Name,
+		out = append(out, Refusal{Code: RefusedUserfaultfd, Object: b.Name,
 			Reason: "a userfaultfd is registered on it already (" + uffdFlags[j] + "): post-copy, a background snapshot, a restore that still pages in, or another ckagent",
 			Advice: "wait for it to end; `ckagent release` lets go of what a dead ckagent left"})
 		break

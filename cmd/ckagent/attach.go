@@ -30,6 +30,7 @@ type attachOptions struct {
 	foreground bool
 	onDeath    string
 	rehearse   time.Duration
+	track      bool
 }
 
 func newAttachCommand(a *app) *cobra.Command {
@@ -51,6 +52,7 @@ func newAttachCommand(a *app) *cobra.Command {
 	f.StringVar(&o.policyDir, "policy-dir", "", policyDirHelp)
 	f.StringVar(&o.onDeath, "on-death", "", "when the VM crashes: notify (default), restore or none; restore needs the daemon")
 	f.DurationVar(&o.rehearse, "rehearse-every", 0, "time between two test restores, by the daemon")
+	f.BoolVar(&o.track, "track", false, "with engine bpf, know between checkpoints which pages are written: the next one reads only those; the guest pays with a fault for each page and with the huge pages it writes to")
 	paramFlag(c, &o.params)
 	return c
 }
@@ -69,6 +71,7 @@ func runAttach(c *cobra.Command, a *app, o *attachOptions, arg string) error {
 	}
 	s := o.spec(c)
 	s.Policy, s.Params, s.OnDeath, s.RehearseEveryNs = o.policy, params, o.onDeath, int64(o.rehearse)
+	s.Track = o.track
 	if c.Flags().Changed("interval") {
 		if o.interval == 0 {
 			return usageError("--interval 0: want at least %v", agent.MinInterval)

@@ -263,6 +263,7 @@ type checkpointResult struct {
 	Stops         uint64     `json:"stops"`
 	StopMaxNS     int64      `json:"stop_max_ns"`
 	EscapedPages  int        `json:"escaped_pages"`
+	SamePages     uint64     `json:"same_pages"`
 	Reason        string     `json:"reason"`  // why not mode cow, if mode auto had to do without
 	Retaken       []string   `json:"retaken"` // why earlier attempts were discarded
 	Disks         []diskView `json:"disks"`
@@ -283,7 +284,7 @@ func (a *app) printCheckpoint(res *capture.Result) {
 		Faults: st.Faults, FaultP50NS: st.FaultP50NS, FaultP99NS: st.FaultP99NS, FaultMaxNS: st.FaultMaxNS,
 		RearmedRuns: st.FreezeRuns, TrackedFaults: st.TrackedFaults,
 		HugeBefore: st.HugeBefore, HugeSplit: st.HugeSplit, HugeCollapsed: st.HugeCollapsed,
-		RingPeakBytes: st.RingPeakBytes, Stops: st.Stops, StopMaxNS: st.StopMaxNS, EscapedPages: st.EscapedPages,
+		RingPeakBytes: st.RingPeakBytes, Stops: st.Stops, StopMaxNS: st.StopMaxNS, EscapedPages: st.EscapedPages, SamePages: st.SamePages,
 		Reason: res.Reason, Retaken: res.Retaken, Notes: res.Notes,
 	}
 	if r.Notes == nil {

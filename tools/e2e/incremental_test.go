@@ -87,8 +87,8 @@ func (w *writtenSince) taken(context.Context) (*capture.Written, error) {
 
 // TestIncremental takes checkpoints of a guest that rewrites about one page in a hundred
 // in between, and compares what is stored and how long it takes with a full one: with
-// pages compared by content, and with what tracking says was written. Each is compared
-// with the memory at its instant. CKAGENT_E2E_INCREMENTAL=1 has a guest of 512 MiB.
+// pages compared by content, with what tracking says was written, and with the marks of
+// engine bpf left in the memory. Each is compared with the memory at its instant. CKAGENT_E2E_INCREMENTAL=1 has a guest of 512 MiB.
 func TestIncremental(t *testing.T) {
 	if testing.Short() {
 		vmtest.Skip(t, "short", "takes many checkpoints")
@@ -97,7 +97,7 @@ func TestIncremental(t *testing.T) {
 	if os.Getenv("CKAGENT_E2E_INCREMENTAL") != "" {
 		cfg, rounds = vmtest.Config{MemoryMiB: 768, WSMiB: 512, DirtyMiB: 5, Rate: 1000, Control: true}, 10
 	}
-	for _, way := range []string{"content", "tracking"} {
+	for _, way := range []string{"content", "tracking", "marks"} {
 		t.Run(way, func(t *testing.T) {
 			x := newTool(t)
 			v := vmtest.Start(t, cfg)
@@ -108,11 +108,14 @@ func TestIncremental(t *testing.T) {
 				w = layoutOf(t, v)
 				o.Mode, o.Written = capture.Buffer, w.taken
 			}
+			if way == "marks" {
+				o.Engine = capture.EngineBPF
+			}
 			st, err := store.Open(x.store)
 			if err != nil {
 				t.Fatal(err)
 			}
-			a, err := agent.Attach(t.Context(), v.PID(), agent.Options{LeaveDisksOut: true})
+			a, err := agent.Attach(t.Context(), v.PID(), agent.Options{LeaveDisksOut: true, Track: way == "marks"})
 			if err != nil {
 				t.Fatal(err)
 			}

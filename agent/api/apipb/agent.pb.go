@@ -478,6 +478,7 @@ type Spec struct {
 	Dedup           bool                   `protobuf:"varint,27,opt,name=dedup,proto3" json:"dedup,omitempty"`
 	Tenant          string                 `protobuf:"bytes,28,opt,name=tenant,proto3" json:"tenant,omitempty"`
 	OverlayDir      string                 `protobuf:"bytes,29,opt,name=overlay_dir,json=overlayDir,proto3" json:"overlay_dir,omitempty"`
+	Track           bool                   `protobuf:"varint,30,opt,name=track,proto3" json:"track,omitempty"`
 	unknownFields   protoimpl.UnknownFields
 	sizeCache       protoimpl.SizeCache
 }
@@ -713,6 +714,13 @@ func (x *Spec) GetOverlayDir() string {
 		return x.OverlayDir
 	}
 	return ""
+}
+
+func (x *Spec) GetTrack() bool {
+	if x != nil {
+		return x.Track
+	}
+	return false
 }
 
 type AttachRequest struct {
@@ -1807,7 +1815,7 @@ const file_agent_proto_rawDesc = "" +
 	"\x02id\x18\x03 \x01(\tR\x02id\x12\x1d\n" +
 	"\n" +
 	"running_ns\x18\x04 \x01(\x03R\trunningNs\x12\x14\n" +
-	"\x05error\x18\x05 \x01(\tR\x05error\"\xd8\a\n" +
+	"\x05error\x18\x05 \x01(\tR\x05error\"\xee\a\n" +
 	"\x04Spec\x12\x12\n" +
 	"\x04name\x18\x01 \x01(\tR\x04name\x12\x10\n" +
 	"\x03qmp\x18\x02 \x01(\tR\x03qmp\x12\x14\n" +
@@ -1843,7 +1851,8 @@ const file_agent_proto_rawDesc = "" +
 	"\x05dedup\x18\x1b \x01(\bR\x05dedup\x12\x16\n" +
 	"\x06tenant\x18\x1c \x01(\tR\x06tenant\x12\x1f\n" +
 	"\voverlay_dir\x18\x1d \x01(\tR\n" +
-	"overlayDir\x1a9\n" +
+	"overlayDir\x12\x14\n" +
+	"\x05track\x18\x1e \x01(\bR\x05track\x1a9\n" +
 	"\vParamsEntry\x12\x10\n" +
 	"\x03key\x18\x01 \x01(\tR\x03key\x12\x14\n" +
 	"\x05value\x18\x02 \x01(\tR\x05value:\x028\x01B\f\n" +

@@ -49,8 +49,12 @@ func TestRunsArriveWholeAndInOrder(t *testing.T) {
 		r := producer.Ring(0)
 		for i := range uint64(records) {
 			n := 1 + rng.IntN(r.MaxReserve())
-			if rng.IntN(4) == 0 {
-				if !r.PublishZero(2, i, uint64(n), ByFault, time.Minute) {
+			if kind := rng.IntN(8); kind < 2 {
+				put := func() bool { return r.PublishZero(2, i, uint64(n), ByFault, time.Minute) }
+				if kind == 1 {
+					put = func() bool { return r.PublishSame(3, i, uint64(n), time.Minute) }
+				}
+				if !put() {
 					sent <- errors.New("no slot within a minute")
 					return
 				}
@@ -88,6 +92,9 @@ func TestRunsArriveWholeAndInOrder(t *testing.T) {
 		}
 		if !ok || rec.First != i {
 			t.Fatalf("record %d: ok=%v first=%d", i, ok, rec.First)
+		}
+		if rec.Same != (rec.Block == 3) || (rec.Data != nil) != (rec.Block == 1) || (rec.Origin == ByFault) != (rec.Block == 2) {
+			t.Fatalf("record %d: %d pages of block %d, same %v, origin %d, %d bytes", i, rec.Pages, rec.Block, rec.Same, rec.Origin, len(rec.Data))
 		}
 		for p := range len(rec.Data) / PageBytes {
 			want := i<<16 | uint64(p)

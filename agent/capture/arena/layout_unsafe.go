@@ -25,7 +25,7 @@ type ringControl struct {
 // slot is one record as it stands in shared memory.
 type slot struct {
 	block   uint32
-	flags   uint32 // Origin | flagZero
+	flags   uint32 // Origin, and what is said of a run without data
 	first   uint64
 	pages   uint32
 	start   uint32 // first data page in the ring

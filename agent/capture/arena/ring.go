@@ -6,13 +6,15 @@ import (
 	"time"
 )
 
-// Record says which pages the producer captured. Data is nil for a run of
-// zero pages. Data points into the arena and is the consumer's until Done.
+// Record says which pages the producer captured. Data is nil for a run of zero pages,
+// and of pages that are what they were in the capture before, if Same is set. Data
+// points into the arena and is the consumer's until Done.
 type Record struct {
 	Block  int    // index of the RAMBlock
 	First  uint64 // first page of the run, in pages from the block's start
 	Pages  uint64 // length of the run in pages
 	Origin Origin
+	Same   bool
 	Data   []byte
 }
 
@@ -25,7 +27,11 @@ const (
 	end                   // the producer is finished; internal
 )
 
-const flagZero = 1 << 8
+// Flags of runs without data.
+const (
+	flagZero = 1 << 8
+	flagSame = 1 << 9
+)
 
 // Ring is a single-producer single-consumer queue of records with page data.
 type Ring struct {
@@ -144,13 +150,21 @@ func (r *Ring) Publish(block int, first, pages uint64, origin Origin) {
 // PublishZero hands over a run of zero pages, which needs no data. It reports
 // false when no record slot became free within wait.
 func (r *Ring) PublishZero(block int, first, pages uint64, origin Origin, wait time.Duration) bool {
+	return r.publishRun(block, first, pages, uint32(origin)|flagZero, wait)
+}
+
+// PublishSame does so with pages that are what they were in the capture before.
+func (r *Ring) PublishSame(block int, first, pages uint64, wait time.Duration) bool {
+	return r.publishRun(block, first, pages, uint32(ByScan)|flagSame, wait)
+}
+
+func (r *Ring) publishRun(block int, first, pages uint64, flags uint32, wait time.Duration) bool {
 	for pages > 0 {
 		n := min(pages, 1<<31)
 		if !r.waitSpace(r.headPage, 1, wait) {
 			return false
 		}
-		r.put(slot{block: uint32(block), flags: uint32(origin) | flagZero, first: first,
-			pages: uint32(n), endPage: r.headPage})
+		r.put(slot{block: uint32(block), flags: flags, first: first, pages: uint32(n), endPage: r.headPage})
 		first, pages = first+n, pages-n
 	}
 	return true
@@ -195,15 +209,15 @@ func (r *Ring) Next(wait time.Duration) (rec Record, ok, done bool, err error) {
 		return Record{}, false, false, nil
 	}
 	s := r.slots[r.tailSlot%uint64(len(r.slots))]
-	origin := Origin(s.flags &^ flagZero)
+	origin := Origin(s.flags &^ (flagZero | flagSame))
 	switch {
 	case origin == end:
 		return Record{}, false, true, nil
 	case origin > end:
 		return Record{}, false, false, fmt.Errorf("%w: record flags %#x", ErrCorrupt, s.flags)
 	}
-	rec = Record{Block: int(s.block), First: s.first, Pages: uint64(s.pages), Origin: origin}
-	if s.flags&flagZero == 0 {
+	rec = Record{Block: int(s.block), First: s.first, Pages: uint64(s.pages), Origin: origin, Same: s.flags&flagSame != 0}
+	if s.flags&(flagZero|flagSame) == 0 {
 		if uint64(s.start)+uint64(s.pages) > r.pages || s.pages == 0 {
 			return Record{}, false, false, fmt.Errorf("%w: record of %d pages at %d of %d", ErrCorrupt, s.pages, s.start, r.pages)
 		}

@@ -24,6 +24,8 @@ type Start struct {
 	Args    []string // its arguments that lead to Main
 	Control *os.File // the control page
 	Config  Config
+	// Kept, with Config.Kept, is the userfaultfd under which the marks were left.
+	Kept *os.File
 	// Ring sizes in pages: one for each fault thread, then one for each scanner.
 	FaultRingPages, ScanRingPages int
 }
@@ -37,6 +39,7 @@ type Client struct {
 	arena *arena.Arena
 	buf   []byte
 	stats Stats
+	fd    int  // of the userfaultfd in the server
 	over  bool // the server has replied for the last time
 }
 
@@ -70,6 +73,9 @@ func New(o Start) (*Client, error) {
 	c.cfg = o.Config
 	c.cmd = exec.Command(o.Self, o.Args...)
 	c.cmd.ExtraFiles = []*os.File{peer, arenaFile, o.Control}
+	if o.Config.Kept {
+		c.cmd.ExtraFiles = append(c.cmd.ExtraFiles, o.Kept)
+	}
 	c.cmd.Stderr = os.Stderr
 	// No collection, no preemption signals: a fault thread is left alone.
 	c.cmd.Env = []string{"GODEBUG=asyncpreemptoff=1", "PATH=/usr/sbin:/usr/bin:/sbin:/bin"}
@@ -125,6 +131,22 @@ func (c *Client) Arena() *arena.Arena { return c.arena }
 
 // Stats is what the server counted up to its last reply.
 func (c *Client) Stats() Stats { return c.stats }
+
+// Userfaultfd is a descriptor of ours of the userfaultfd that the server works with,
+// from Prearm on and until the capture has ended. As long as it is open, the marks that
+// Config.Keep leaves stay, also if the server dies.
+func (c *Client) Userfaultfd() (*os.File, error) {
+	pidfd, err := unix.PidfdOpen(c.PID(), 0)
+	if err != nil {
+		return nil, fmt.Errorf("fault server: %w", err)
+	}
+	defer unix.Close(pidfd)
+	fd, err := unix.PidfdGetfd(pidfd, c.fd, 0)
+	if err != nil {
+		return nil, fmt.Errorf("fault server: its userfaultfd: %w", err)
+	}
+	return os.NewFile(uintptr(fd), "userfaultfd"), nil
+}
 
 // Prearm takes a userfaultfd from QEMU and arms all of RAM while the guest runs.
 func (c *Client) Prearm(ctx context.Context) error { return c.call(ctx, opPrearm) }
@@ -198,7 +220,7 @@ func (c *Client) receive(ctx context.Context) error {
 	if err := json.Unmarshal(c.buf[:n], &r); err != nil {
 		return fmt.Errorf("fault server: reply: %w", err)
 	}
-	c.stats = r.Stats
+	c.stats, c.fd = r.Stats, r.FD
 	if r.Failure != "" {
 		c.over = true
 		return &Error{Failure: r.Failure, Detail: r.Detail, Escaped: r.Escaped}

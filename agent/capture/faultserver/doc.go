@@ -51,6 +51,10 @@
 // claimed after they were proved, by whoever comes first. The reader alone ends a stop
 // of the guest by the programs' signal, except when everything ends.
 //
+// With Config.Keep a capture that succeeds ends without letting go: the marks, which hold
+// up nobody with the kernel's engine, belong to whoever has a descriptor of the
+// userfaultfd, and the next server is given it and Config.Kept. See kept.go.
+//
 // The process runs without garbage collection and with its memory locked: it
 // allocates only while it is set up.
 //

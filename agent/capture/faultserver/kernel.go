@@ -148,9 +148,10 @@ func (e *kernelEngine) armWritten() error {
 	for _, t := range e.s.tables {
 		err := inSteps(t.block, func(start, length uint64) error {
 			return e.s.pm.ScanAll(start, start+length, q, regions[:], func(r pagemap.Region) bool {
-				e.s.stats.TrackedFaults += r.Pages(pageBytes)
+				first, n := (r.Start-t.block.HVA)/pageBytes, r.Pages(pageBytes)
+				e.s.stats.TrackedFaults += n
+				t.changed(first, n)
 				if t.populated != nil {
-					first, n := (r.Start-t.block.HVA)/pageBytes, r.Pages(pageBytes)
 					setRange(t.populated, first, n)
 					setRange(t.held, first, n)
 				}
@@ -176,6 +177,7 @@ func (e *kernelEngine) freeze() (runs int, err error) {
 	e.collect()
 	for _, t := range e.s.tables {
 		n, err := t.takeDirty(func(first, n uint64) error {
+			t.changed(first, n)
 			return e.s.h.WriteProtect(t.block.HVA+first*pageBytes, n*pageBytes)
 		})
 		if runs += n; err != nil {
@@ -333,6 +335,7 @@ func (e *kernelEngine) stop() error {
 	st.Faults, st.FaultPages = e.reader.records, e.reader.pages
 	for _, c := range e.scanners {
 		st.ScanPages += c.pages
+		st.SamePages += c.same
 	}
 	l := e.progs.Losses()
 	st.RingPeakBytes, st.Stops, st.StopMaxNS = e.reader.peak, l.Stops, e.reader.longest

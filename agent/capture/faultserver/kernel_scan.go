@@ -14,6 +14,7 @@ import (
 type kernelScanner struct {
 	scanner
 	e       *kernelEngine
+	same    uint64 // pages delivered as they were in the capture before
 	regions [64]pagemap.Region
 }
 
@@ -32,12 +33,17 @@ func (c *kernelScanner) over() bool {
 // window captures the words [w, end) of a block; with hot, only those that were hot.
 // It reports whether to go on.
 func (c *kernelScanner) window(block int, t *pageTable, w, end int, hot bool) bool {
+	if !hot && !c.unchanged(block, t, w, end) {
+		return false
+	}
 	content, err := c.contentNow(block, t, w, end)
 	if err != nil {
 		c.s.fail(Broken, "block %d: page map: %v", block, err)
 		return false
 	}
-	skip := func(w int) bool { return hot && t.hot[w] == 0 || atomic.LoadUint64(&t.claimed[w]) == t.full(w) }
+	skip := func(w int) bool {
+		return hot && t.hot[w] == 0 || atomic.LoadUint64(&t.claimed[w])|t.unwritten(w) == t.full(w)
+	}
 	for from := w; w < end; {
 		switch {
 		case c.over():
@@ -79,6 +85,10 @@ func (c *kernelScanner) words(block int, t *pageTable, w int, content []uint64) 
 	end := min(begin+uint64(len(content))*wordPages, t.block.Pages)
 	for at := begin; at < end; {
 		full, n := runFrom(content, at-begin, end-begin)
+		if n = t.apart(at, n); n == 0 { // if it was written meanwhile, the ring has it
+			at++
+			continue
+		}
 		if !full {
 			ok = c.zeros(block, t, at, n)
 		} else {
@@ -139,6 +149,11 @@ func (c *kernelScanner) copies(block int, t *pageTable, first, n uint64, data []
 // were neither written nor discarded since the freeze. It claims them and calls deliver
 // for the runs that nobody had claimed. It reports whether to go on.
 func (c *kernelScanner) proved(block int, t *pageTable, first, n uint64, deliver func(first, n uint64) bool) bool {
+	return c.eachArmed(block, t, first, n, func(first, n uint64) bool { return t.claimRuns(first, n, deliver) })
+}
+
+// eachArmed calls do for the runs of pages that bear their marks, until it reports false.
+func (c *kernelScanner) eachArmed(block int, t *pageTable, first, n uint64, do func(first, n uint64) bool) bool {
 	ok, start := true, t.block.HVA+first*pageBytes
 	err := c.s.pm.Armed(start, start+n*pageBytes, c.regions[:], func(r pagemap.Region) bool {
 		f, k := (r.Start-t.block.HVA)/pageBytes, r.Pages(pageBytes)
@@ -147,7 +162,7 @@ func (c *kernelScanner) proved(block int, t *pageTable, first, n uint64, deliver
 			ok = false
 			return ok
 		}
-		ok = t.claimRuns(f, k, deliver)
+		ok = do(f, k)
 		return ok
 	})
 	if err != nil {

@@ -22,6 +22,7 @@ const (
 	socketFD = 3 + iota
 	arenaFD
 	controlFD
+	keptFD // with Config.Kept
 )
 
 const (
@@ -99,6 +100,9 @@ func Main(d Deps) (err error) {
 		return err
 	}
 	loop := &commandLoop{s: s, conn: conn, take: d.Take}
+	if cfg.Kept {
+		loop.take = func(int, []int) (*os.File, error) { return os.NewFile(keptFD, "userfaultfd"), nil }
+	}
 	return errors.Join(loop.run(), s.close())
 }
 
@@ -214,10 +218,16 @@ func (l *commandLoop) serve(requests <-chan op) error {
 	}
 }
 
-// finish ends a complete capture: let go, end the rings, mend huge pages.
+// finish ends a complete capture: let go or leave the marks to who keeps them, end the
+// rings, mend huge pages.
 func (l *commandLoop) finish() error {
 	l.s.stats.ScanNS = time.Since(l.s.froze).Nanoseconds()
-	err := l.s.release()
+	var err error
+	if l.s.cfg.Keep && l.s.failedWith() == nil {
+		err = l.s.leave()
+	} else {
+		err = l.s.release()
+	}
 	if err == nil {
 		err = l.s.failedWith()
 	}
@@ -225,7 +235,9 @@ func (l *commandLoop) finish() error {
 		err = l.s.finishRings()
 	}
 	stepBack()
-	l.s.collapse()
+	if !l.s.cfg.Keep { // what is marked cannot be made whole
+		l.s.collapse()
+	}
 	return send(l.conn, l.s, err)
 }
 
@@ -234,6 +246,9 @@ func send(conn *net.UnixConn, s *server, err error) error {
 	var r reply
 	if s != nil {
 		r.Stats = s.stats
+		if s.held {
+			r.FD = int(s.h.FD())
+		}
 	}
 	if err != nil {
 		r.Failure, r.Detail = Broken, err.Error()

@@ -25,6 +25,8 @@ const (
 //	done       captured, proved, and its protection lifted or about to be.
 //	hot        was dirty in tracking: scanned first.
 //	huge       one bit per huge page: was mapped huge when it was armed.
+//	same       bears its mark since the freeze of the capture before (Config.Kept):
+//	           what clears the bit is done before the page is marked again.
 //
 // armed -> (fault, tracking) dirty -> (re-arm) armed -> claimed -> done.
 type pageTable struct {
@@ -35,6 +37,7 @@ type pageTable struct {
 	claimed   []uint64
 	done      []uint64
 	hot       []uint64
+	same      []uint64 // nil unless marks were kept, and for file-backed memory
 	huge      []uint64
 	hugeOK    bool // the block starts on a huge page boundary
 	whole     bool // it consists of huge pages that cannot be split: pages are claimed 512 at a time
@@ -98,15 +101,21 @@ func (t *pageTable) claimHuge(first uint64) uint64 {
 // claimRuns claims the pages [first, first+n) and calls won for each run of them that
 // nobody had, until it reports false.
 func (t *pageTable) claimRuns(first, n uint64, won func(first, n uint64) bool) bool {
+	return eachRun(first, n, t.claim, won)
+}
+
+// eachRun calls do for each run among the pages [first, first+n) that take picks, word by
+// word, until it reports false.
+func eachRun(first, n uint64, take func(w int, mask uint64) uint64, do func(first, n uint64) bool) bool {
 	var run, length uint64
 	for at, end := first, first+n; at < end; {
 		off := at % wordPages
 		k := min(end-at, wordPages-off)
-		for got := t.claim(int(at/wordPages), maskOf(off, k)); got != 0; {
+		for got := take(int(at/wordPages), maskOf(off, k)); got != 0; {
 			o, m := lowestRun(got)
 			got &^= maskOf(o, m)
 			if page := at - off + o; page != run+length {
-				if length > 0 && !won(run, length) {
+				if length > 0 && !do(run, length) {
 					return false
 				}
 				run, length = page, 0
@@ -115,7 +124,7 @@ func (t *pageTable) claimRuns(first, n uint64, won func(first, n uint64) bool) b
 		}
 		at += k
 	}
-	return length == 0 || won(run, length)
+	return length == 0 || do(run, length)
 }
 
 func (t *pageTable) isDone(page uint64) bool {

@@ -28,6 +28,11 @@ type Config struct {
 	Guest      []GuestRange `json:"guest"`       // for VMs under KVM
 	Escaped    []Page       `json:"escaped"`     // copied while the guest stands still, because nobody sees who writes them
 	DropRecord uint64       `json:"drop_record"` // a test: lose the so many-th record of the ring
+	// Keep leaves the marks where they are at the end of a capture that succeeds, for
+	// whoever took our userfaultfd (Client.Userfaultfd). Kept says that they are still
+	// there from the capture before, under the userfaultfd of Start.Kept.
+	Keep bool `json:"keep"`
+	Kept bool `json:"kept"`
 }
 
 // GuestRange says where guest-physical memory lies in QEMU.
@@ -62,6 +67,8 @@ func (c *Config) validate() error {
 		return errors.New("fault server: no stall limit")
 	case len(c.Escaped) > MaxEscaped:
 		return fmt.Errorf("fault server: %d escaped pages: want at most %d", len(c.Escaped), MaxEscaped)
+	case (c.Keep || c.Kept) && c.Engine != Kernel:
+		return errors.New("fault server: only the kernel engine leaves marks that hold up nobody")
 	case c.Engine == Kernel && c.FaultThreads != 1:
 		return fmt.Errorf("fault server: %d fault threads: the kernel engine has one ring", c.FaultThreads)
 	}
@@ -88,6 +95,7 @@ type reply struct {
 	Detail  string  `json:"detail,omitempty"`
 	Escaped []Page  `json:"escaped,omitempty"`
 	Stats   Stats   `json:"stats"`
+	FD      int     `json:"fd"` // of the userfaultfd in the server, once there is one
 }
 
 // Failure classes what ended a capture early.
@@ -153,6 +161,7 @@ type Stats struct {
 	Stops         uint64 `json:"stops"`           // engine bpf: times the guest was stopped because the ring was filling up
 	StopMaxNS     int64  `json:"stop_max_ns"`     // engine bpf: longest of them
 	EscapedPages  int    `json:"escaped_pages"`   // engine bpf: pages copied in the pause because they escaped before
+	SamePages     uint64 `json:"same_pages"`      // engine bpf: pages not written since the capture before, by its marks
 }
 
 func decodeRequest(b []byte) (op, error) {

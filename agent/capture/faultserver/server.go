@@ -124,7 +124,11 @@ func (s *server) prearm(take func() (*os.File, error)) error {
 		return &Error{Failure: Unsupported, Detail: err.Error()}
 	}
 	s.stats.InjectNS = time.Since(begin).Nanoseconds()
-	h, err := uffd.Adopt(f, s.engine.features())
+	adopt := func() (*uffd.Handle, error) { return uffd.Adopt(f, s.engine.features()) }
+	if s.cfg.Kept {
+		adopt = func() (*uffd.Handle, error) { return uffd.Resume(f) }
+	}
+	h, err := adopt()
 	if err != nil {
 		return &Error{Failure: Unsupported, Detail: err.Error()}
 	}
@@ -137,6 +141,9 @@ func (s *server) prearm(take func() (*os.File, error)) error {
 		return &Error{Failure: Unsupported, Detail: err.Error()}
 	}
 	for _, t := range s.tables {
+		if s.cfg.Kept { // it is registered
+			break
+		}
 		if _, err := h.Register(t.block.HVA, t.block.Pages*pageBytes, uffd.ModeWP); err != nil {
 			return &Error{Failure: Unsupported, Detail: err.Error()}
 		}
@@ -146,8 +153,13 @@ func (s *server) prearm(take func() (*os.File, error)) error {
 	}
 	armBegin := time.Now()
 	for _, t := range s.tables {
+		arm := s.arm
+		if s.cfg.Kept && t.block.Kind == source.Anonymous {
+			t.same = make([]uint64, t.words())
+			arm = s.armChanged
+		}
 		err := inSteps(t.block, func(start, length uint64) error {
-			if err := h.WriteProtect(start, length); err != nil {
+			if err := arm(t, start, length); err != nil {
 				return &Error{Failure: Unsupported, Detail: err.Error()}
 			}
 			return s.failedWith()
@@ -235,6 +247,15 @@ func (s *server) freeze() error {
 	return s.failedWith()
 }
 
+// leave ends a capture and leaves the marks in the guest's memory, where they are the
+// next one's: whoever has another descriptor of our userfaultfd lets go of them.
+func (s *server) leave() error {
+	s.phase.Store(uint32(released))
+	s.engine.unblock()
+	s.held = false
+	return s.engine.stop()
+}
+
 // release lets go of the guest's memory: the kernel drops every mark and wakes
 // every waiting thread. It is safe in every phase, and idempotent.
 func (s *server) release() error {
@@ -245,22 +266,29 @@ func (s *server) release() error {
 	s.phase.Store(uint32(released))
 	stepForward() // the guest may be waiting
 	s.engine.unblock()
+	err := LetGo(s.h, s.cfg.Blocks)
+	err = errors.Join(err, s.engine.stop())
+	s.held = false // the descriptor itself goes with the process, which is about to end
+	s.stats.ReleaseNS = time.Since(begin).Nanoseconds()
+	return err
+}
+
+// LetGo takes the marks off memory that is registered, in steps: a vCPU may have to wait
+// for the end of each.
+func LetGo(h *uffd.Handle, blocks []source.Block) error {
 	var errs []error
-	for _, t := range s.tables {
-		if inSteps(t.block, s.h.Unregister) == nil {
+	for _, b := range blocks {
+		if inSteps(b, h.Unregister) == nil {
 			continue
 		}
 		// Something in it is unmapped, or the process may not have one mapping more,
 		// as it has between two steps. An unmapped or never registered range is as
 		// free as it can be.
-		if err := s.h.Unregister(t.block.HVA, t.block.Pages*pageBytes); err != nil &&
+		if err := h.Unregister(b.HVA, b.Pages*pageBytes); err != nil &&
 			!errors.Is(err, unix.ENOENT) && !errors.Is(err, unix.EINVAL) && !errors.Is(err, unix.ESRCH) && !errors.Is(err, unix.ENOMEM) {
 			errs = append(errs, err)
 		}
 	}
-	errs = append(errs, s.engine.stop())
-	s.held = false // the descriptor itself goes with the process, which is about to end
-	s.stats.ReleaseNS = time.Since(begin).Nanoseconds()
 	return errors.Join(errs...)
 }
 

@@ -103,6 +103,8 @@ func newTarget(t *testing.T, kind source.Kind, pages int, huge bool) *target {
 	return g
 }
 
+func (g *target) address() uint64 { return uint64(uintptr(unsafe.Pointer(&g.mem[0]))) }
+
 func (g *target) write(page int, seq uint64) {
 	b := g.mem[page*pageBytes:][:pageBytes]
 	for i := 0; i < pageBytes; i += 8 {
@@ -168,7 +170,7 @@ func startServer(t *testing.T, g *target, change func(*Start)) *Client {
 		FaultRingPages: 2048, ScanRingPages: 4096,
 		Config: Config{QEMUPID: os.Getpid(), FaultThreads: 2, ScanThreads: 1, MaxStall: 5 * time.Second,
 			FaultAround: 16, HugeAround: true, Collapse: time.Second,
-			Blocks: []source.Block{{HVA: uint64(uintptr(unsafe.Pointer(&g.mem[0]))), Pages: uint64(len(g.mem) / pageBytes), Kind: g.kind}}}}
+			Blocks: []source.Block{{HVA: g.address(), Pages: uint64(len(g.mem) / pageBytes), Kind: g.kind}}}}
 	if change != nil {
 		change(&o)
 	}
@@ -180,67 +182,6 @@ func startServer(t *testing.T, g *target, change func(*Start)) *Client {
 		t.Fatal(errors.Join(err, c.Close()))
 	}
 	return c
-}
-
-// drain collects what the rings bring until each has ended or stop is closed.
-func drain(t *testing.T, c *Client, out []byte, stop <-chan struct{}) (pages uint64) {
-	t.Helper()
-	seen := make([]bool, len(out)/pageBytes)
-	var mu sync.Mutex
-	var wg sync.WaitGroup
-	for i := range c.Arena().Rings() {
-		r := c.Arena().Ring(i)
-		wg.Go(func() {
-			for {
-				rec, ok, done, err := r.Next(20 * time.Millisecond)
-				if err != nil {
-					t.Error(err)
-					return
-				}
-				if done {
-					return
-				}
-				if !ok {
-					select {
-					case <-stop:
-						return
-					default:
-						continue
-					}
-				}
-				mu.Lock()
-				for p := rec.First; p < rec.First+rec.Pages; p++ {
-					if seen[p] {
-						t.Errorf("page %d arrived twice", p)
-					}
-					seen[p] = true
-					pages++
-				}
-				mu.Unlock()
-				copy(out[rec.First*pageBytes:], rec.Data)
-				r.Done()
-			}
-		})
-	}
-	wg.Wait()
-	return pages
-}
-
-// drainAll drains until the capture has ended, be it by a failure, in which case no
-// ring brings its end.
-func drainAll(t *testing.T, c *Client, out []byte) (pages uint64, err error) {
-	t.Helper()
-	stop := make(chan struct{})
-	drained := make(chan struct{})
-	go func() { // joined below
-		defer close(drained)
-		pages = drain(t, c, out, stop)
-	}()
-	if err = c.Wait(t.Context()); err != nil {
-		close(stop)
-	}
-	<-drained
-	return pages, err
 }
 
 func TestCaptureIsTheMemoryAtTheFreeze(t *testing.T) {
