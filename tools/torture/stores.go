@@ -200,8 +200,12 @@ func (b *Bed) storeRound(ctx context.Context, r *run, trouble Trouble, op int, b
 			out.fail("the agent did not end within %v", agentPatience)
 		}
 	}
-	if !agent.ended(agentPatience) {
-		out.fail("the agent has not ended %v after the store answers again", agentPatience)
+	patience := agentPatience
+	if trouble == IsSlow {
+		patience *= 3 // ten or twenty seconds of it are the store's own, by our making
+	}
+	if !agent.ended(patience) {
+		out.fail("the agent has not ended %v after the store answers again", patience)
 		_ = agent.signal(unix.SIGKILL)
 	}
 	<-ended
