@@ -11,6 +11,7 @@ import (
 
 	"github.com/ckagent/ckagent/agent/capture"
 	"github.com/ckagent/ckagent/agent/capture/proving"
+	"github.com/ckagent/ckagent/agent/guardian"
 	"github.com/ckagent/ckagent/agent/image"
 	"github.com/ckagent/ckagent/agent/problem"
 	"github.com/ckagent/ckagent/agent/store"
@@ -50,8 +51,9 @@ type VM struct {
 	track   *capture.Tracking // nil: nothing is tracked between checkpoints
 }
 
-// Attach takes hold of the VM that runs as process pid. It changes nothing, but takes
-// out what a dead ckagent left in its block graph. What
+// Attach takes hold of the VM that runs as process pid. It changes nothing, but puts
+// right what a dead ckagent left: a VM that it had stopped, and what it had put into its
+// block graph. What
 // cannot be protected is problem.Refused, with all reasons; a VM that another
 // ckagent works on is problem.Busy.
 func Attach(ctx context.Context, pid int, o Options) (*VM, error) {
@@ -62,6 +64,9 @@ func Attach(ctx context.Context, pid int, o Options) (*VM, error) {
 	lock, err := vm.Lock(ctx, proc)
 	if err != nil {
 		return nil, errors.Join(err, proc.Close())
+	}
+	if _, err := guardian.Recover(ctx, proc); err != nil {
+		return nil, errors.Join(err, lock.Close(), proc.Close())
 	}
 	v := &VM{opts: o, pid: pid, lock: lock, proc: proc}
 	v.witness = &witness{v: v}

@@ -30,15 +30,17 @@
 // when the agent dies or leaves no beat for 500 ms; while not Engaged an agent that
 // dies ends the guardian too, and a missing beat means nothing. Taking over:
 // SIGKILL for the agent (moved out of a frozen or starved cgroup if it does not die), the
-// same for a fault server that does not leave by itself, SIGCONT if the agent had
-// stopped QEMU by signal, QMP brought back in step, `cont` if the agent had
+// same for a fault server that does not leave by itself, SIGCONT if QEMU may have been
+// stopped by a signal of ours (again when the fault server has ended, for until then it
+// may be stopped once more), QMP brought back in step, `cont` if the agent had
 // stopped a running VM and it is still paused, descriptors that an interrupted
 // injection left in QEMU closed, and a look at smaps for what stays
 // write-protected. It then writes a report and exits. The agent is killed even if
 // it hangs in the kernel: nothing here waits for it for long.
 //
 // A fault server that gives no sign of life for Config.ServerStall while Engaged
-// is killed: the kernel then drops the protection, and the checkpoint is lost.
+// is killed: the kernel then drops the protection, and the checkpoint is lost. However
+// it ends, what it had stopped goes on at once.
 //
 // # Through libvirt
 //

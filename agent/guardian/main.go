@@ -186,6 +186,9 @@ func (g *child) run(ctx context.Context) error {
 		}
 		if fds[3].Revents != 0 {
 			g.serverDead, fds[3].Fd = true, -1
+			// The agent comes to it only when it has given up the rest, which may wait
+			// for QEMU to answer.
+			_, _ = letContinue(g.control, qemuFD)
 			g.mendInjection(ctx)
 		}
 		if fds[4].Revents != 0 {
@@ -243,7 +246,10 @@ func (g *child) takeOver(ctx context.Context, why string, held bool) error {
 	}
 	gone := make(chan bool)
 	go func() { // joined below
-		gone <- g.letGo()
+		killed := g.letGo()
+		// Without this the monitor would not answer either.
+		_, _ = letContinue(g.control, qemuFD)
+		gone <- killed
 	}()
 	if held {
 		err := g.resume(ctx, &r)

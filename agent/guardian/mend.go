@@ -135,15 +135,26 @@ type way struct {
 	endpoint qmp.Endpoint // the way back in if those are lost
 }
 
+// letContinue sends SIGCONT if QEMU may have been stopped by a signal of ours. What
+// sends the other one are programs in the kernel, which live as long as the fault
+// server: who acts before its end has to do so again after it.
+func letContinue(c *Control, qemuPidfd int) (sent bool, err error) {
+	if c.SigStopped.Load() == 0 {
+		return false, nil
+	}
+	if err := unix.PidfdSendSignal(qemuPidfd, unix.SIGCONT, nil, 0); err != nil {
+		return false, fmt.Errorf("SIGCONT: %w", err)
+	}
+	return true, nil
+}
+
 // resume lets QEMU go on as far as the control page says that we stopped it.
 func resume(ctx context.Context, c *Control, qemuPidfd int, w way, r *Report) error {
-	if c.SigStopped.Load() != 0 {
-		if err := unix.PidfdSendSignal(qemuPidfd, unix.SIGCONT, nil, 0); err != nil {
-			return fmt.Errorf("SIGCONT: %w", err)
-		}
-		r.Continued = true
-		c.SigStopped.Store(0)
+	sent, err := letContinue(c, qemuPidfd)
+	if err != nil {
+		return err
 	}
+	r.Continued = r.Continued || sent
 	ctx, cancel := context.WithTimeout(ctx, monitorPatience)
 	defer cancel()
 	m, done, err := openMonitor(ctx, w)

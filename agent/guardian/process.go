@@ -39,6 +39,12 @@ func (id identity) alive() bool {
 	return err == nil && now == id
 }
 
+// working is alive, but for one that is about to end: its locks go before it does.
+func (id identity) working() bool {
+	now, s, err := readIdentity(id.PID)
+	return err == nil && now == id && !s.Exiting()
+}
+
 // open returns a pidfd of this very process, or an error if it is gone. One that
 // is just ending counts: its threads may still be at it.
 func (id identity) open() (*os.File, error) {

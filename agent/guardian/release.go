@@ -11,6 +11,7 @@ import (
 	"github.com/ckagent/ckagent/agent/cgroup"
 	"github.com/ckagent/ckagent/agent/problem"
 	"github.com/ckagent/ckagent/agent/qmp"
+	"github.com/ckagent/ckagent/agent/vm"
 	"github.com/ckagent/ckagent/agent/vm/inject"
 )
 
@@ -26,6 +27,31 @@ import (
 // snapshot) are left alone: to close them would feed the guest zeros, or tear it.
 // What an interrupted injection left has nothing registered.
 func Release(ctx context.Context, pid int) (Report, error) { return releaseIn(ctx, stateDir, pid) }
+
+// Recover releases a VM whose agent and guardian died together, so that another agent
+// may begin: it would take the VM for one that somebody else had paused, and its
+// guardian would write over what is known of it. The caller holds the VM's lock: no
+// agent is at it. With nothing left of them it does nothing, and touches nothing.
+// problem.Busy while a guardian whose agent gave up still tries to resume the VM.
+func Recover(ctx context.Context, qemu *vm.Process) (Report, error) {
+	s, err := readState(stateDir, identity{qemu.PID, qemu.StartTicks})
+	switch {
+	case errors.Is(err, fs.ErrNotExist) || errors.Is(err, fs.ErrPermission): // the latter Start says, if it is to be used
+		return Report{}, nil
+	case err == nil && s.Guardian.working():
+		return Report{}, problem.New(problem.Busy, "attach", qemu.String(), "an earlier checkpoint had stopped it, and its guardian with pid %d still tries to resume it", s.Guardian.PID).
+			WithHint("QEMU does not answer: see what it waits for; ckagent release %d", qemu.PID)
+	}
+	r, err := Release(ctx, qemu.PID)
+	if err != nil {
+		return r, problem.New(problem.CodeOf(err), "attach", qemu.String(), "what an earlier ckagent left cannot be put right: %w", err).
+			WithHint("ckagent release %d", qemu.PID)
+	}
+	if r.Resumed || r.Continued {
+		fmt.Fprintf(os.Stderr, "ckagent: pid %d: an earlier ckagent and its guardian died while the VM was stopped; it was let run again\n", qemu.PID)
+	}
+	return r, nil
+}
 
 func releaseIn(ctx context.Context, dir string, pid int) (Report, error) {
 	began := time.Now()

@@ -14,7 +14,6 @@ import (
 
 	"github.com/ckagent/ckagent/agent/cgroup"
 	"github.com/ckagent/ckagent/agent/problem"
-	"github.com/ckagent/ckagent/agent/qmp"
 	"github.com/ckagent/ckagent/agent/vm"
 )
 
@@ -218,6 +217,29 @@ func TestSilentServer(t *testing.T) {
 	q.clean()
 }
 
+// TestThrottled: the fault server stops QEMU by signal until the moment it ends. Nobody
+// is left then who would let it go on, unless the guardian does.
+func TestThrottled(t *testing.T) {
+	for _, c := range []struct {
+		name string
+		do   func(a *agent)
+	}{
+		{"the agent dies", func(a *agent) { a.kill() }},
+		{"the fault server dies", func(a *agent) { unix.Kill(a.server, unix.SIGKILL) }},
+	} {
+		t.Run(c.name, func(t *testing.T) {
+			q := startQEMU(t)
+			a := q.startAgent("throttled", nil)
+			c.do(a)
+			waitGone(t, "fault server", a.server)
+			q.waitTicks(5 * time.Second) // fails if the monitor is silent for long
+			a.kill()
+			waitGone(t, "guardian", a.guardian)
+			q.clean()
+		})
+	}
+}
+
 // TestQEMUEnds: with the VM gone there is nothing to guard.
 func TestQEMUEnds(t *testing.T) {
 	q := startQEMU(t)
@@ -302,92 +324,6 @@ func TestGuardianHarmed(t *testing.T) {
 		}
 		q.clean()
 	})
-}
-
-// TestAgentGivesUp: an agent that cannot resume a VM because QEMU does not answer
-// ends its guardian in order; the VM runs as soon as QEMU is back all the same.
-func TestAgentGivesUp(t *testing.T) {
-	q := startQEMU(t)
-	p, err := vm.OpenProcess(q.pid)
-	if err != nil {
-		t.Fatal(err)
-	}
-	defer p.Close()
-	c, f, err := CreateControl()
-	if err != nil {
-		t.Fatal(err)
-	}
-	defer f.Close()
-	defer c.Close()
-	ep, err := qmp.ParseEndpoint(q.agent)
-	if err != nil {
-		t.Fatal(err)
-	}
-	g, err := Start(t.Context(), Config{Control: f, QEMU: p, Endpoint: ep, Stderr: os.Stderr})
-	if err != nil {
-		t.Fatal(err)
-	}
-	c.BeatAgent()
-	c.Engaged.Store(1)
-	c.Running.Store(1)
-	c.Stopped.Store(1)
-	if err := q.manager.Execute(t.Context(), "stop", nil, nil); err != nil {
-		t.Fatal(err)
-	}
-	if err := unix.Kill(q.pid, unix.SIGSTOP); err != nil { // it hangs
-		t.Fatal(err)
-	}
-	err = g.Stop(t.Context())
-	if err == nil {
-		t.Error("Stop does not say that the VM was left stopped")
-	}
-	gone := waitExitOf(t, g.PID(), 2500*time.Millisecond)
-	if err := unix.Kill(q.pid, unix.SIGCONT); err != nil {
-		t.Fatal(err)
-	}
-	if gone {
-		t.Fatal("the guardian ended while the VM was stopped")
-	}
-	q.waitTicks(15 * time.Second)
-	<-g.Done()
-	if r := q.report(); !r.Resumed || r.AgentEnded {
-		t.Errorf("report: %+v", r)
-	}
-	q.clean()
-}
-
-// TestRelease: agent and guardian die together; a third puts the VM right.
-func TestRelease(t *testing.T) {
-	for _, phase := range []string{"stopped", "armed", "sigstopped"} {
-		t.Run(phase, func(t *testing.T) {
-			q := startQEMU(t)
-			a := q.startAgent(phase, nil)
-			ctx := context.Background()
-			if _, err := Release(ctx, q.pid); !problem.Is(err, problem.Busy) {
-				t.Fatalf("with a live agent: %v, want busy", err)
-			}
-			// The fault server is stopped, so that it does not go by itself.
-			unix.Kill(a.server, unix.SIGSTOP)
-			unix.Kill(a.guardian, unix.SIGKILL)
-			a.kill()
-			r, err := Release(ctx, q.pid)
-			if err != nil {
-				t.Fatalf("%v: %+v", err, r)
-			}
-			if !r.Resumed || !r.ServerEnded || r.Armed || r.Continued != (phase == "sigstopped") {
-				t.Errorf("report: %+v", r)
-			}
-			q.waitTicks(time.Second)
-			q.clean()
-			again, err := Release(ctx, q.pid)
-			if err != nil || again.Resumed || again.ServerEnded || again.GuardEnded || len(again.ClosedFDs) > 0 {
-				t.Errorf("second release: %+v, %v", again, err)
-			}
-		})
-	}
-	if _, err := Release(context.Background(), 1<<22-1); !problem.Is(err, problem.NotFound) {
-		t.Errorf("unknown pid: %v, want not found", err)
-	}
 }
 
 // TestStartFails: a guardian that does not come up is an error, and nothing stays.
