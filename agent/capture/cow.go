@@ -20,6 +20,8 @@ import (
 type cow struct {
 	srv *faultserver.Client
 	d   *drainer
+	// throttled: the server may stop QEMU by a signal.
+	throttled bool
 }
 
 // startCOW starts the fault server; prearm waits until it is ready.
@@ -35,6 +37,7 @@ func startCOW(s *session, control *os.File) (*cow, error) {
 	if slices.ContainsFunc(s.blocks, func(b source.Block) bool { return b.Whole }) {
 		scans = max(1, min(scans, pages/3/(2*source.WholePages))) // half of a ring must hold one
 	}
+	throttled := s.mayThrottle()
 	scanPages := min(scanRingBytes/source.PageBytes, pages/3/scans)
 	start := faultserver.Start{
 		Self: s.o.Helper[0], Args: append(s.o.Helper[1:len(s.o.Helper):len(s.o.Helper)], FaultServerVerb),
@@ -47,7 +50,7 @@ func startCOW(s *session, control *os.File) (*cow, error) {
 			// needs the rest of the budget.
 			MaxStall:    s.o.MaxStall * 3 / 4,
 			FaultAround: faultAround, HugeAround: true, Collapse: collapseBudget,
-			Engine: faultserver.Engine(s.engine), RingBytes: kernelRingBytes, Throttle: s.mayThrottle(),
+			Engine: faultserver.Engine(s.engine), RingBytes: kernelRingBytes, Throttle: throttled,
 			Guest: guestRanges(s.target), Escaped: s.escaped,
 		},
 	}
@@ -58,7 +61,7 @@ func startCOW(s *session, control *os.File) (*cow, error) {
 	if err != nil {
 		return nil, problem.New(problem.Failed, "start the fault server", s.object, "%w", err)
 	}
-	return &cow{srv: srv}, nil
+	return &cow{srv: srv, throttled: throttled}, nil
 }
 
 const (
@@ -165,6 +168,8 @@ func (s *session) captureError(op string, err error) error {
 			why = "memory is discarded or swapped, or somebody writes to it unseen"
 		}
 		return problem.New(problem.Busy, op, s.object, "%w", err).WithHint("%s; it is taken again another way", why)
+	case faultserver.Silent:
+		return problem.New(problem.Busy, op, s.object, "%w", err).WithHint("the host is overloaded; take it again")
 	case faultserver.Stalled:
 		return problem.New(problem.Store, op, s.object, "%w", err).
 			WithHint("the store is too slow for what the guest writes, or hangs; allow more memory or a longer stall")

@@ -277,7 +277,7 @@ func (s *session) capture(ctx context.Context) (hot image.HotRuns, err error) {
 		}
 		s.o.tell("prearm", time.Since(begin), "RAM is protected, the guest runs")
 		inside = func(ctx context.Context) error {
-			if s.mayThrottle() {
+			if w.cow.throttled {
 				w.control.SigStopped.Store(1)
 			}
 			if err := w.cow.srv.Freeze(ctx); err != nil {

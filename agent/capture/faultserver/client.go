@@ -41,10 +41,17 @@ type Client struct {
 	stats Stats
 	fd    int  // of the userfaultfd in the server
 	over  bool // the server has replied for the last time
+
+	freezeWithin time.Duration
 }
 
 // startPatience is for a server to be ready: it makes its arena present first.
 const startPatience = 15 * time.Second
+
+// freezePatience is for RAM to be frozen, which takes milliseconds. The server's sign
+// of life comes from a thread of its own, so nothing else notices one that hangs over
+// this command, and the guest stands still.
+const freezePatience = 5 * time.Second
 
 // New starts a fault server. Ready must be called next.
 func New(o Start) (*Client, error) {
@@ -63,7 +70,7 @@ func New(o Start) (*Client, error) {
 		return nil, err
 	}
 	defer arenaFile.Close()
-	c := &Client{arena: a, buf: make([]byte, maxDatagram)}
+	c := &Client{arena: a, buf: make([]byte, maxDatagram), freezeWithin: freezePatience}
 	peer, err := c.socketPair()
 	if err != nil {
 		return nil, errors.Join(err, a.Close())
@@ -155,8 +162,17 @@ func (c *Client) Prearm(ctx context.Context) error { return c.call(ctx, opPrearm
 // Freeze. It is best called right before the guest is stopped.
 func (c *Client) Rearm(ctx context.Context) error { return c.call(ctx, opRearm) }
 
-// Freeze makes RAM as it is now the checkpoint's. The guest is stopped.
-func (c *Client) Freeze(ctx context.Context) error { return c.call(ctx, opFreeze) }
+// Freeze makes RAM as it is now the checkpoint's. The guest is stopped, but not for
+// long: after an error there is nothing left to do with this server but Close.
+func (c *Client) Freeze(ctx context.Context) error {
+	within, cancel := context.WithTimeout(ctx, c.freezeWithin)
+	defer cancel()
+	err := c.call(within, opFreeze)
+	if within.Err() != nil && ctx.Err() == nil && err != nil {
+		return &Error{Failure: Silent, Detail: fmt.Sprintf("the fault server did not freeze RAM within %v", c.freezeWithin)}
+	}
+	return err
+}
 
 // Scan starts capturing what the guest does not touch. Wait tells the outcome.
 func (c *Client) Scan() error { return c.send(opScan) }

@@ -106,6 +106,7 @@ const (
 	Unproven    Failure = "unproven"    // a page was found unarmed after its copy
 	Stalled     Failure = "stalled"     // the store did not keep up with the guest's writes
 	Aborted     Failure = "aborted"     // the agent asked, or died
+	Silent      Failure = "silent"      // the server lives but does not answer
 	Broken      Failure = "broken"      // a system call failed that should not
 )
 
