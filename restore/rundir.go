@@ -130,17 +130,30 @@ func reserveRunDir(root, name string) (*runDir, error) {
 	if err := os.MkdirAll(root, 0o700); err != nil {
 		return nil, problem.New(problem.Failed, "make run directory", root, "%w", err)
 	}
-	path := runDirName(root, name)
-	// A pager that is just ending removes its empty directory: names are not used
-	// twice by one process.
-	if n := dirCount.Add(1); n > 1 {
-		path += "." + strconv.FormatUint(n, 10)
+	first := runDirName(root, name)
+	for range maxNames {
+		path := first
+		// A pager that is just ending removes its empty directory: names are not used
+		// twice by one process.
+		if n := dirCount.Add(1); n > 1 {
+			path += "." + strconv.FormatUint(n, 10)
+		}
+		err := os.Mkdir(path, 0o700)
+		if err == nil {
+			return &runDir{path: path}, nil
+		}
+		// In a container our pid may be the same every time: an earlier restore of
+		// this VM has the name, and its guest may run.
+		if !errors.Is(err, os.ErrExist) {
+			return nil, problem.New(problem.Failed, "make run directory", path, "%w", err)
+		}
 	}
-	if err := os.Mkdir(path, 0o700); err != nil {
-		return nil, problem.New(problem.Failed, "make run directory", path, "%w", err)
-	}
-	return &runDir{path: path}, nil
+	return nil, problem.New(problem.Failed, "make run directory", first, "%d names are taken", maxNames).
+		WithHint("ls -d %s.*: each has a %s that says whose it is; remove those of VMs that are gone", first, stateName)
 }
+
+// maxNames is how many names are tried for a run directory.
+const maxNames = 1000
 
 // dirCount counts the directories this process made.
 var dirCount atomic.Uint64
@@ -219,6 +232,12 @@ func Sweep(root string) (int, error) {
 			continue
 		}
 		if s.BootID == boot {
+			if s.QEMU.PID == 0 && !s.Restorer.alive() {
+				// Killed between starting a QEMU and writing down which.
+				if s.QEMU = startedFor(dir); s.QEMU.PID != 0 {
+					s.Guest = stageHeld
+				}
+			}
 			if s.QEMU.alive() && !s.Restorer.alive() && (s.Guest == stageHeld || s.Guest == stageTold && neverRan(s.QEMU.PID)) {
 				s.QEMU.end()
 				s.Guest = stageHeld // for certain, as it stays ended
@@ -240,6 +259,33 @@ func Sweep(root string) (int, error) {
 		n++
 	}
 	return n, nil
+}
+
+// startedFor finds the process that was started for a run directory: its messages go to
+// the log in there. Zero if there is none.
+func startedFor(dir string) identity {
+	log, err := os.Stat(filepath.Join(dir, logName))
+	if err != nil {
+		return identity{}
+	}
+	entries, err := os.ReadDir("/proc")
+	if err != nil {
+		return identity{}
+	}
+	for _, e := range entries {
+		pid, err := strconv.Atoi(e.Name())
+		if err != nil {
+			continue
+		}
+		start, err := startTicks(pid)
+		if err != nil {
+			continue
+		}
+		if out, err := os.Stat("/proc/" + e.Name() + "/fd/1"); err == nil && os.SameFile(out, log) {
+			return identity{pid, start}
+		}
+	}
+	return identity{}
 }
 
 // adopt notes whose directory it is.
