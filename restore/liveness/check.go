@@ -110,13 +110,13 @@ func (s Subject) recordedProcess() (Doubt, bool) {
 // resembles says what a QEMU process has in common with the subject.
 func (s Subject) resembles(pid int) string {
 	raw, err := readCmdline(pid)
-	if err != nil || len(raw) == 0 {
-		return "" // gone, or a zombie: its memory is
+	if err == nil && len(raw) == 0 {
+		return "" // a zombie: its memory is gone
 	}
 	args := strings.Split(strings.TrimSuffix(string(raw), "\x00"), "\x00")
 	opts, err := cmdline.Parse(args[1:])
 	if err != nil {
-		return ""
+		opts = nil // it does not say what it is; what it has open does
 	}
 	cwd, _ := os.Readlink("/proc/" + strconv.Itoa(pid) + "/cwd")
 	abs := func(p string) string {

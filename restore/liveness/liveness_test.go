@@ -3,6 +3,7 @@ package liveness
 import (
 	"errors"
 	"os"
+	"os/exec"
 	"path/filepath"
 	"strings"
 	"testing"
@@ -62,6 +63,46 @@ func TestCheck(t *testing.T) {
 	if got := check(t, Subject{Name: "alive-and-well", UUID: uuid, Sockets: []string{v.QMPPath()}, Images: []string{flash}, PID: v.PID(), BootID: boot}); got != "" {
 		t.Errorf("after its death: %q", got)
 	}
+}
+
+// TestStrangeCommandLine: what cannot be read as QEMU's options is no reason to look no
+// further.
+func TestStrangeCommandLine(t *testing.T) {
+	sh, err := os.ReadFile("/bin/sh")
+	if err != nil {
+		t.Skip("no shell to be taken for QEMU")
+	}
+	dir := t.TempDir()
+	bin, img := filepath.Join(dir, "qemu-system-x86_64"), filepath.Join(dir, "image")
+	if err := os.WriteFile(bin, sh, 0o700); err != nil {
+		t.Fatal(err)
+	}
+	f, err := os.Create(img)
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer f.Close()
+	cmd := exec.Command(bin, "-c", "echo up; read line", "---")
+	cmd.ExtraFiles = []*os.File{f}
+	in, err := cmd.StdinPipe()
+	if err != nil {
+		t.Fatal(err)
+	}
+	out, err := cmd.StdoutPipe()
+	if err != nil {
+		t.Fatal(err)
+	}
+	if err := cmd.Start(); err != nil {
+		t.Fatal(err)
+	}
+	if _, err := out.Read(make([]byte, 8)); err != nil {
+		t.Fatal(err)
+	}
+	if got := check(t, Subject{Name: "any", Images: []string{img}}); !strings.Contains(got, "has its image "+img+" open") {
+		t.Errorf("%q", got)
+	}
+	in.Close()
+	_ = cmd.Wait() // a shell that reads no line says so
 }
 
 func TestLocked(t *testing.T) {
