@@ -6,7 +6,8 @@
 // # Life cycle
 //
 // Plan judges the disks. Prepare deletes the snapshots of checkpoints that the store no
-// longer has: a store cannot reach into an image by itself. Requests is one transaction
+// longer has, for a store cannot reach into an image by itself; those of other stores,
+// told apart by the end of their names, stay. Requests is one transaction
 // for the pause, Confirm takes its reply. Then Keep, or Drop, which deletes the
 // snapshots again. The methods between them are there so that this and package diskcopy
 // can stand for one another.

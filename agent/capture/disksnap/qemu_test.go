@@ -45,7 +45,8 @@ func sources(t *testing.T, target *vm.Target) []vm.DiskSource {
 }
 
 // TestSnapshots: the instant of two disks is kept inside their images, goes with its
-// checkpoint at the next one, and a checkpoint that fails leaves nothing.
+// checkpoint at the next one into the same store, and a checkpoint that fails leaves
+// nothing.
 func TestSnapshots(t *testing.T) {
 	dir, ctx := t.TempDir(), t.Context()
 	images := []string{filepath.Join(dir, "a"), filepath.Join(dir, "b")}
@@ -67,7 +68,7 @@ func TestSnapshots(t *testing.T) {
 		}
 		return out
 	}
-	take := func(commit bool) string {
+	take := func(st *store.Store, commit bool) (id, snapshot string) {
 		t.Helper()
 		txn, err := st.Begin(ctx, "vm")
 		if err != nil {
@@ -98,7 +99,7 @@ func TestSnapshots(t *testing.T) {
 				t.Error(err)
 			}
 			txn.Abort()
-			return ""
+			return "", ""
 		}
 		m, err := storetest.Fill(ctx, txn, 1, image.WriterOptions{})
 		if err == nil {
@@ -110,27 +111,33 @@ func TestSnapshots(t *testing.T) {
 		if err != nil {
 			t.Fatal(err)
 		}
-		return txn.ID()
+		return txn.ID(), m.Disks[0].Snapshot
 	}
-	first := take(true)
+	first, name := take(st, true)
 	if out, err := target.QMP.HMP(ctx, `qemu-io -d /machine/peripheral/v/virtio-backend "write -P 6 0 4M"`); err != nil || out != "" && !strings.Contains(out, "wrote") {
 		t.Fatal(out, err)
 	}
 	copied := filepath.Join(dir, "copy")
-	run(t, "qemu-img", "convert", "-U", "-f", "qcow2", "-l", "snapshot.name="+Name(first), "-O", "raw", images[0], copied)
+	run(t, "qemu-img", "convert", "-U", "-f", "qcow2", "-l", "snapshot.name="+name, "-O", "raw", images[0], copied)
 	if out := run(t, "qemu-io", "-r", "-f", "raw", "-c", "read -P 5 0 4M", copied); strings.Contains(out, "failed") {
 		t.Errorf("the snapshot holds what was written later: %s", out)
 	}
 	before := names()
-	if take(false); !slices.Equal(names(), before) {
+	if take(st, false); !slices.Equal(names(), before) {
 		t.Errorf("a failed checkpoint left %q, before %q", names(), before)
 	}
-	second := take(true)
+	_, second := take(st, true)
+	other, err := store.Open(filepath.Join(dir, "other"))
+	if err != nil {
+		t.Fatal(err)
+	}
+	// What another store needs is not this one's to delete.
+	_, elsewhere := take(other, true)
 	if _, err := st.Remove(ctx, first, false); err != nil {
 		t.Fatal(err)
 	}
-	third := take(true)
-	want := []string{"ckagent-mine", Name(second), Name(third)}
+	_, third := take(st, true)
+	want := []string{"ckagent-mine", second, elsewhere, third}
 	if got := names(); !slices.Equal(got, append(want, want...)) {
 		t.Errorf("snapshots %q, want %q twice", got, want)
 	}

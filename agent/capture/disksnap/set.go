@@ -26,6 +26,7 @@ type Config struct {
 // Set is the disks of one checkpoint.
 type Set struct {
 	c     Config
+	mark  string // of the store: whose snapshots are ours to delete
 	reqs  []*qmp.Request
 	taken bool // the snapshots may be there
 }
@@ -33,8 +34,9 @@ type Set struct {
 // undoPatience is for deleting snapshots after a failure or a cancel.
 const undoPatience = 20 * time.Second
 
-// Name is what the snapshots of a checkpoint are called.
-func Name(id string) string { return disk.Prefix + id }
+// name is what the snapshots of a checkpoint are called. Checkpoints of one VM may be in
+// several stores, none of which knows of the others.
+func (s *Set) name(id string) string { return disk.Prefix + id + "-" + s.mark }
 
 // Plan refuses disks that cannot hold a snapshot. It touches nothing.
 func Plan(c Config) (*Set, error) {
@@ -60,19 +62,24 @@ func (s *Set) Prepare(ctx context.Context) error {
 	if len(s.c.Sources) == 0 {
 		return nil
 	}
+	key, err := s.c.Store.TagKey(ctx, "disk snapshots")
+	if err != nil {
+		return err
+	}
+	s.mark = key.ID()
 	if err := s.prune(ctx); err != nil {
 		return err
 	}
 	var actions []any
 	for _, d := range s.c.Sources {
-		actions = append(actions, s.action("blockdev-snapshot-internal-sync", d.Root, Name(s.c.ID)))
+		actions = append(actions, s.action("blockdev-snapshot-internal-sync", d.Root, s.name(s.c.ID)))
 	}
 	r, err := qmp.Encode("transaction", map[string]any{"actions": actions})
 	s.reqs, s.taken = []*qmp.Request{r}, true
 	return err
 }
 
-// prune deletes the snapshots of checkpoints that are gone.
+// prune deletes the snapshots of checkpoints that are gone from this store.
 func (s *Set) prune(ctx context.Context) error {
 	list, err := s.c.Store.List(ctx)
 	if err != nil {
@@ -80,13 +87,13 @@ func (s *Set) prune(ctx context.Context) error {
 	}
 	known := map[string]bool{}
 	for _, i := range list {
-		known[Name(i.ID)] = true
+		known[s.name(i.ID)] = true
 	}
 	for _, d := range s.c.Sources {
 		for _, name := range d.Snapshots {
-			id, ours := strings.CutPrefix(name, disk.Prefix)
+			id, ours := strings.CutSuffix(strings.TrimPrefix(name, disk.Prefix), "-"+s.mark)
 			// The form of the id keeps this from what somebody named likewise.
-			if _, whole := image.VolumeOwner(image.VolumeName(id, 0)); !ours || !whole || known[name] {
+			if _, whole := image.VolumeOwner(image.VolumeName(id, 0)); !ours || !whole || name != s.name(id) || known[name] {
 				continue
 			}
 			if err := s.remove(ctx, d.Root, name); err != nil {
@@ -124,7 +131,7 @@ func (s *Set) Seal(context.Context) ([]image.Disk, error) {
 	var out []image.Disk
 	for i := range s.c.Sources {
 		d := s.c.Sources[i].Record()
-		d.Method, d.Snapshot = image.DiskSnapshot, Name(s.c.ID)
+		d.Method, d.Snapshot = image.DiskSnapshot, s.name(s.c.ID)
 		out = append(out, d)
 	}
 	return out, nil
@@ -143,7 +150,7 @@ func (s *Set) Drop(ctx context.Context) error {
 	defer cancel()
 	var errs []error
 	for _, d := range s.c.Sources {
-		err := s.remove(ctx, d.Root, Name(s.c.ID))
+		err := s.remove(ctx, d.Root, s.name(s.c.ID))
 		if _, none := errors.AsType[*qmp.Error](err); err != nil && !none { // it was not made yet
 			errs = append(errs, err)
 		}
