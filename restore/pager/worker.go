@@ -308,7 +308,10 @@ func (w *worker) serve(ctx context.Context, h *uffd.Handle, pidfd int, b *beater
 	// From here on pages come in; a successor must not ask for proof that none is,
 	// whether it learns of it from the control memory or from the file.
 	if err := w.update(PhaseServing, func(*state) {}); err != nil {
-		return err
+		if !again {
+			return err
+		}
+		w.log("%v", err) // the file says so already, and the guest waits
 	}
 	if !w.ctl.advance(PhaseServing) {
 		return errSuperseded // by one that is further
