@@ -184,18 +184,19 @@ func (r *Reader) eachTagged(yield func(block int, page uint64, l location, sum u
 	})
 }
 
-// eachPage calls yield for every page, with its tag unless it is zeros.
+// eachPage calls yield for every page, with its tag unless it is zeros. The tags are
+// checked as they pass: after an error, what was yielded is worth nothing.
 func (r *Reader) eachPage(yield func(block int, page uint64, l location, sum uint64, t Tag)) error {
 	const op = "read tags"
 	if err := r.enter(op); err != nil {
 		return err
 	}
 	defer r.life.RUnlock()
-	tags, err := r.readTags()
+	tags, err := r.openTags()
 	if err != nil {
 		return err
 	}
-	path := r.path(r.manifest.Tags.Name)
+	defer tags.close()
 	for i, b := range r.manifest.Blocks {
 		for first := uint64(0); first < b.Pages(); first += chunkEntries {
 			c, err := r.readChunk(i, first/chunkEntries) // not kept: it is wanted once
@@ -209,43 +210,22 @@ func (r *Reader) eachPage(yield func(block int, page uint64, l location, sum uin
 				}
 				var t Tag
 				if l != zeroLocation {
-					if len(tags) < TagBytes {
-						return corrupt(op, path, "it has fewer tags than there are pages that are not zeros")
+					if t, err = tags.next(); err != nil {
+						return err
 					}
-					t = Tag(tags[:TagBytes])
-					tags = tags[TagBytes:]
 				}
 				yield(i, first+k, l, sum, t)
 			}
 		}
 	}
-	if len(tags) > 0 {
-		return corrupt(op, path, "it has %d tags more than there are pages that are not zeros", len(tags)/TagBytes)
+	left, err := tags.finish()
+	if err != nil {
+		return err
+	}
+	if left > 0 {
+		return corrupt(op, tags.path, "it has %d tags more than there are pages that are not zeros", left/TagBytes)
 	}
 	return nil
-}
-
-// readTags reads and checks the file of the tags.
-func (r *Reader) readTags() ([]byte, error) {
-	const op = "read tags"
-	ref := r.manifest.Tags
-	if ref == nil {
-		return nil, problem.New(problem.Refused, op, r.dir, "the checkpoint has none")
-	}
-	path := r.path(ref.Name)
-	f, err := r.openFile(ref.Name, ref.Bytes)
-	if err != nil {
-		return nil, err
-	}
-	defer f.Close()
-	tags := make([]byte, ref.Bytes)
-	if err := readFull(op, path, f, tags, 0); err != nil {
-		return nil, err
-	}
-	if got := Sum(tags); got != ref.Checksum {
-		return nil, corrupt(op, path, "checksum is %v: expected %v", got, ref.Checksum)
-	}
-	return tags, nil
 }
 
 // WriteUnchanged records that n pages have the content they had in the parent, on the

@@ -24,7 +24,7 @@ func (r *Reader) Verify(ctx context.Context, progress func(done, total uint64)) 
 		return err
 	}
 	if r.manifest.Tags != nil {
-		if _, err := r.readTags(); err != nil {
+		if err := r.checkTags(); err != nil {
 			return err
 		}
 	}
