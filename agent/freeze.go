@@ -3,12 +3,11 @@ package agent
 import (
 	"context"
 	"errors"
-	"fmt"
-	"os"
 	"time"
 
 	"github.com/ckagent/ckagent/agent/guestagent"
 	"github.com/ckagent/ckagent/agent/problem"
+	"github.com/ckagent/ckagent/agent/selfexe"
 	"github.com/ckagent/ckagent/agent/vm"
 )
 
@@ -29,13 +28,7 @@ func freeze(ctx context.Context, t *vm.Target, helper []string, within time.Dura
 	if err != nil {
 		return nil, err
 	}
-	if len(helper) == 0 {
-		self, err := os.Executable()
-		if err != nil {
-			return nil, fmt.Errorf("find our own binary: %w", err)
-		}
-		helper = []string{self}
-	}
+	helper = selfexe.Or(helper)
 	begin := time.Now()
 	limited, cancel := context.WithTimeout(ctx, within)
 	defer cancel()

@@ -11,6 +11,7 @@ import (
 	"github.com/ckagent/ckagent/agent/capture/source"
 	"github.com/ckagent/ckagent/agent/image"
 	"github.com/ckagent/ckagent/agent/problem"
+	"github.com/ckagent/ckagent/agent/selfexe"
 	"github.com/ckagent/ckagent/agent/store"
 	"github.com/ckagent/ckagent/agent/vm"
 )
@@ -48,13 +49,7 @@ func Take(ctx context.Context, sub Subject, st *store.Store, o Options) (*Result
 	if err != nil {
 		return nil, err
 	}
-	if len(o.Helper) == 0 {
-		self, err := os.Executable()
-		if err != nil {
-			return nil, fmt.Errorf("find our own binary: %w", err)
-		}
-		o.Helper = []string{self}
-	}
+	o.Helper = selfexe.Or(o.Helper)
 	var lacks error
 	if o.Mode == Auto || o.Mode == COW {
 		lacks = faultserver.Supported()

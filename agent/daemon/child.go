@@ -15,6 +15,7 @@ import (
 
 	"github.com/ckagent/ckagent/agent/api/apipb"
 	"github.com/ckagent/ckagent/agent/problem"
+	"github.com/ckagent/ckagent/agent/selfexe"
 )
 
 const (
@@ -26,7 +27,7 @@ const (
 // starts on purpose, such as a restored QEMU, is in a session and control groups of its
 // own and outlives it and us.
 func (d *Daemon) child(ctx context.Context, log *slog.Logger, out any, args ...string) error {
-	argv := append(append([]string{}, d.deps.Self...), append(args, "--json")...)
+	argv := append(append([]string{}, selfexe.Or(d.deps.Self)...), append(args, "--json")...)
 	cmd := exec.CommandContext(ctx, argv[0], argv[1:]...)
 	var said, complained bytes.Buffer
 	cmd.Stdout, cmd.Stderr = &bounded{b: &said}, &bounded{b: &complained}

@@ -19,6 +19,7 @@ import (
 	"github.com/ckagent/ckagent/agent/capture"
 	"github.com/ckagent/ckagent/agent/problem"
 	"github.com/ckagent/ckagent/agent/qmp"
+	"github.com/ckagent/ckagent/agent/selfexe"
 	"github.com/ckagent/ckagent/agent/store"
 	"github.com/ckagent/ckagent/restore"
 	"github.com/ckagent/ckagent/tools/guest"
@@ -161,14 +162,10 @@ func (d *demo) boot(img guest.Image, run string) (*exec.Cmd, error) {
 // bringBack restores the newest checkpoint and ends the restored VM after it has
 // shown that it goes on.
 func (d *demo) bringBack(ctx context.Context, st *store.Store, last work) error {
-	self, err := os.Executable()
-	if err != nil {
-		return err
-	}
 	if err := os.WriteFile(d.serial, nil, 0o600); err != nil { // what follows is the restored guest's
 		return err
 	}
-	res, err := restore.Run(ctx, st, "demo", restore.Options{Self: self, Detach: true})
+	res, err := restore.Run(ctx, st, "demo", restore.Options{Self: selfexe.Path(), Detach: true})
 	if res == nil {
 		return err
 	}

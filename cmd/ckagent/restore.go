@@ -3,7 +3,6 @@ package main
 import (
 	"errors"
 	"fmt"
-	"os"
 	"path/filepath"
 	"strings"
 	"time"
@@ -11,6 +10,7 @@ import (
 	"github.com/spf13/cobra"
 
 	"github.com/ckagent/ckagent/agent/problem"
+	"github.com/ckagent/ckagent/agent/selfexe"
 	"github.com/ckagent/ckagent/agent/store"
 	"github.com/ckagent/ckagent/restore"
 	"github.com/ckagent/ckagent/restore/plan"
@@ -117,8 +117,8 @@ func (o *restoreOptions) options(extra []string) (restore.Options, error) {
 		}
 		r.Secrets[id] = file
 	}
-	r.Self, err = os.Executable()
-	return r, err
+	r.Self = selfexe.Path()
+	return r, nil
 }
 
 func runRestore(c *cobra.Command, a *app, o *restoreOptions, args []string) error {

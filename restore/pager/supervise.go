@@ -79,7 +79,7 @@ func supervise(ctx context.Context, o *options, ctl *control, keepers map[string
 	watched := make(chan struct{})
 	wctx, cancel := context.WithCancel(ctx)
 	defer cancel()
-	w := &watcher{role: workerRole, self: o.self, runDir: o.runDir, ctl: ctl, log: log}
+	w := &watcher{role: workerRole, runDir: o.runDir, ctl: ctl, log: log}
 	go func() {
 		defer close(watched)
 		w.run(wctx, stop)

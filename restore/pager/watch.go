@@ -14,6 +14,7 @@ import (
 
 	"github.com/ckagent/ckagent/agent/cgroup"
 	"github.com/ckagent/ckagent/agent/procstat"
+	"github.com/ckagent/ckagent/agent/selfexe"
 	"github.com/ckagent/ckagent/uffd"
 )
 
@@ -59,7 +60,7 @@ func spawn(r role, old occupant, self, runDir string, ctl *control, leash *os.Fi
 		return nil, fmt.Errorf("start %s: %w", r.name, err)
 	}
 	defer log.Close()
-	args := []string{self, r.verb, "--run-dir", runDir, "--self", self, "--old", strconv.FormatUint(old.pack(), 10)}
+	args := []string{self, r.verb, "--run-dir", runDir, "--old", strconv.FormatUint(old.pack(), 10)}
 	if leash == nil {
 		leash = null
 		args = append(args, "--resume")
@@ -92,7 +93,6 @@ func spawn(r role, old occupant, self, runDir string, ctl *control, leash *os.Fi
 // watcher keeps the other seat filled. It belongs to one goroutine.
 type watcher struct {
 	role    role
-	self    string
 	runDir  string
 	ctl     *control
 	log     func(format string, args ...any)
@@ -221,7 +221,7 @@ func (w *watcher) replace(ctx context.Context, old occupant, why string) {
 		return // somebody else was faster
 	}
 	w.drop()
-	p, err := spawn(w.role, old, w.self, w.runDir, w.ctl, nil, "")
+	p, err := spawn(w.role, old, selfexe.Path(), w.runDir, w.ctl, nil, "")
 	if errors.Is(err, errSuperseded) {
 		return
 	}

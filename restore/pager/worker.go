@@ -35,9 +35,9 @@ const (
 
 // options is what both verbs understand.
 type options struct {
-	runDir, self, warm string
-	resume             bool
-	old                uint64 // whose seat to take, packed
+	runDir, warm string
+	resume       bool
+	old          uint64 // whose seat to take, packed
 }
 
 func parseOptions(verb string, args []string) (*options, error) {
@@ -45,14 +45,13 @@ func parseOptions(verb string, args []string) (*options, error) {
 	f := flag.NewFlagSet(verb, flag.ContinueOnError)
 	f.SetOutput(io.Discard)
 	f.StringVar(&o.runDir, "run-dir", "", "")
-	f.StringVar(&o.self, "self", "", "")
 	f.StringVar(&o.warm, "warm", "", "")
 	f.Uint64Var(&o.old, "old", 0, "")
 	f.BoolVar(&o.resume, "resume", false, "")
 	if err := f.Parse(args); err != nil {
 		return nil, problem.New(problem.Usage, "start", verb, "%w", err)
 	}
-	if o.runDir == "" || o.self == "" || f.NArg() != 0 {
+	if o.runDir == "" || f.NArg() != 0 {
 		return nil, problem.New(problem.Usage, "start", verb, "started by hand").
 			WithHint("this verb is internal")
 	}
@@ -228,7 +227,7 @@ func (w *worker) run(ctx context.Context) error {
 	var aside sync.WaitGroup
 	asideCtx, cancelAside := context.WithCancel(ctx)
 	aside.Go(func() {
-		(&watcher{role: supervisorRole, self: w.o.self, runDir: w.o.runDir, ctl: w.ctl, log: w.log}).run(asideCtx, stop)
+		(&watcher{role: supervisorRole, runDir: w.o.runDir, ctl: w.ctl, log: w.log}).run(asideCtx, stop)
 	})
 	b := &beater{w: w, stop: stop, pidfd: pidfd, held: newHold(cfg, w.ctl)}
 	aside.Go(b.run)

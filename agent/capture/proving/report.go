@@ -16,6 +16,7 @@ import (
 	"golang.org/x/sys/unix"
 
 	"github.com/ckagent/ckagent/agent/capture/source"
+	"github.com/ckagent/ckagent/agent/selfexe"
 )
 
 // Path is a way by which a guest's writes reach its RAM, and what came of its trial.
@@ -60,13 +61,7 @@ func loadFrom(ctx context.Context, dir string, helper []string) (*Report, error)
 	if err != nil {
 		return nil, err
 	}
-	if len(helper) == 0 {
-		self, err := os.Executable()
-		if err != nil {
-			return nil, fmt.Errorf("find our own binary: %w", err)
-		}
-		helper = []string{self}
-	}
+	helper = selfexe.Or(helper)
 	binary, err := identity(helper[0])
 	if err != nil {
 		return nil, err
