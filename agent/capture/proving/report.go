@@ -13,9 +13,8 @@ import (
 	"strings"
 	"time"
 
-	"golang.org/x/sys/unix"
-
 	"github.com/ckagent/ckagent/agent/capture/source"
+	"github.com/ckagent/ckagent/agent/flock"
 	"github.com/ckagent/ckagent/agent/selfexe"
 )
 
@@ -78,11 +77,11 @@ func loadFrom(ctx context.Context, dir string, helper []string) (*Report, error)
 	}
 	// One trial at a time: several would keep each other from the processors, and those
 	// who wait for it need none of their own.
-	unlock, err := turn(ctx, file+".lock")
+	lock, err := turn(ctx, file+".lock")
 	if err != nil {
 		return nil, err
 	}
-	defer unlock()
+	defer lock.Close()
 	if r := known(); r != nil {
 		return r, nil
 	}
@@ -100,38 +99,19 @@ func loadFrom(ctx context.Context, dir string, helper []string) (*Report, error)
 	return r, nil
 }
 
-const (
-	turnWait = 2 * time.Minute // a trial takes a few seconds, and half a minute on a busy host
-	turnLook = 50 * time.Millisecond
-)
+// turnWait is for another process's trial, which takes a few seconds, and half a minute on
+// a busy host.
+const turnWait = 2 * time.Minute
 
-// turn waits until no other process makes a trial.
-func turn(ctx context.Context, path string) (unlock func(), err error) {
-	if err := os.MkdirAll(filepath.Dir(path), 0o700); err != nil {
-		return nil, err
-	}
-	f, err := os.OpenFile(path, os.O_CREATE|os.O_RDWR|unix.O_CLOEXEC, 0o600)
-	if err != nil {
-		return nil, err
-	}
+// turn waits until no other process makes a trial. Closing the file ends the lock.
+func turn(ctx context.Context, path string) (*os.File, error) {
 	ctx, cancel := context.WithTimeout(ctx, turnWait)
 	defer cancel()
-	tick := time.NewTicker(turnLook)
-	defer tick.Stop()
-	for {
-		err := unix.Flock(int(f.Fd()), unix.LOCK_EX|unix.LOCK_NB)
-		if err == nil {
-			return func() { f.Close() }, nil // which ends the lock
-		}
-		if !errors.Is(err, unix.EWOULDBLOCK) && !errors.Is(err, unix.EINTR) {
-			return nil, errors.Join(fmt.Errorf("lock %s: %w", path, err), f.Close())
-		}
-		select {
-		case <-tick.C:
-		case <-ctx.Done():
-			return nil, errors.Join(fmt.Errorf("wait for another process's test of the engine: %w", ctx.Err()), f.Close())
-		}
+	f, err := flock.Wait(ctx, path, nil)
+	if err != nil {
+		return nil, fmt.Errorf("wait for another process's test of the engine: %w", err)
 	}
+	return f, nil
 }
 
 func try(ctx context.Context, helper []string, w way) Path {
