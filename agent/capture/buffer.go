@@ -1,18 +1,16 @@
 package capture
 
 import (
-	"bufio"
 	"context"
 	"errors"
 	"fmt"
-	"os"
-	"strings"
 
 	"golang.org/x/sys/unix"
 
 	"github.com/ckagent/ckagent/agent/capture/source"
 	"github.com/ckagent/ckagent/agent/image"
 	"github.com/ckagent/ckagent/agent/problem"
+	"github.com/ckagent/ckagent/agent/procstat"
 )
 
 // pageBuffer keeps the pages of a stopped VM in memory until they are written.
@@ -58,7 +56,7 @@ func newPageBuffer(ctx context.Context, src *source.Source, limit uint64) (*page
 		}
 	}
 	if limit == 0 {
-		available, err := availableMemory()
+		available, err := procstat.AvailableMemory()
 		if err != nil {
 			return nil, err
 		}
@@ -165,23 +163,4 @@ func (b *pageBuffer) write(ctx context.Context, w *image.Writer, pace func(conte
 		}
 	}
 	return nil
-}
-
-// availableMemory is MemAvailable of the host, in bytes.
-func availableMemory() (uint64, error) {
-	f, err := os.Open("/proc/meminfo")
-	if err != nil {
-		return 0, err
-	}
-	defer f.Close()
-	for s := bufio.NewScanner(f); s.Scan(); {
-		if rest, ok := strings.CutPrefix(s.Text(), "MemAvailable:"); ok {
-			var kib uint64
-			if _, err := fmt.Sscan(rest, &kib); err != nil {
-				return 0, fmt.Errorf("MemAvailable %q: %w", rest, err)
-			}
-			return kib << 10, nil
-		}
-	}
-	return 0, fmt.Errorf("/proc/meminfo has no MemAvailable")
 }

@@ -12,6 +12,7 @@ import (
 	"golang.org/x/sys/unix"
 
 	"github.com/ckagent/ckagent/agent/problem"
+	"github.com/ckagent/ckagent/agent/procstat"
 	"github.com/ckagent/ckagent/agent/qmp"
 	"github.com/ckagent/ckagent/tools/vmtest"
 )
@@ -215,24 +216,13 @@ func withHugePages(allow bool, start func() error) (err error) {
 
 // enoughMemory refuses to start what would make the host swap or kill.
 func enoughMemory(need uint64) error {
-	b, err := os.ReadFile("/proc/meminfo")
+	available, err := procstat.AvailableMemory()
 	if err != nil {
 		return err
 	}
-	for l := range strings.Lines(string(b)) {
-		f := strings.Fields(l)
-		if len(f) < 2 || f[0] != "MemAvailable:" {
-			continue
-		}
-		kib, err := strconv.ParseUint(f[1], 10, 64)
-		if err != nil {
-			return err
-		}
-		if kib<<10 < need+need/8 {
-			return problem.New(problem.Refused, "bench", "", "%d MiB of memory are needed, %d are available", need>>20, kib>>10).
-				WithHint("leave the part out with -only")
-		}
-		return nil
+	if available < need+need/8 {
+		return problem.New(problem.Refused, "bench", "", "%d MiB of memory are needed, %d are available", need>>20, available>>20).
+			WithHint("leave the part out with -only")
 	}
-	return errors.New("/proc/meminfo has no MemAvailable")
+	return nil
 }

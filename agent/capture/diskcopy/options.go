@@ -1,12 +1,9 @@
 package diskcopy
 
 import (
-	"bufio"
-	"fmt"
-	"os"
-	"strings"
 	"time"
 
+	"github.com/ckagent/ckagent/agent/procstat"
 	"github.com/ckagent/ckagent/agent/qmp"
 	"github.com/ckagent/ckagent/agent/store"
 	"github.com/ckagent/ckagent/agent/vm"
@@ -48,30 +45,11 @@ type Config struct {
 func (c *Config) memory() (uint64, error) {
 	total := c.MemoryBytes
 	if total == 0 {
-		available, err := availableMemory()
+		available, err := procstat.AvailableMemory()
 		if err != nil {
 			return 0, err
 		}
 		total = min(available/4, maxAutoMemory)
 	}
 	return max(total/uint64(max(len(c.Sources), 1)), minMemory) &^ 0xffff, nil
-}
-
-// availableMemory is MemAvailable of the host, in bytes.
-func availableMemory() (uint64, error) {
-	f, err := os.Open("/proc/meminfo")
-	if err != nil {
-		return 0, err
-	}
-	defer f.Close()
-	for s := bufio.NewScanner(f); s.Scan(); {
-		if rest, ok := strings.CutPrefix(s.Text(), "MemAvailable:"); ok {
-			var kib uint64
-			if _, err := fmt.Sscan(rest, &kib); err != nil {
-				return 0, fmt.Errorf("MemAvailable %q: %w", rest, err)
-			}
-			return kib << 10, nil
-		}
-	}
-	return 0, fmt.Errorf("/proc/meminfo has no MemAvailable")
 }
