@@ -4,7 +4,6 @@ import (
 	"bytes"
 	"errors"
 	"os"
-	"path/filepath"
 	"runtime"
 	"testing"
 	"time"
@@ -12,144 +11,6 @@ import (
 
 	"golang.org/x/sys/unix"
 )
-
-const page = 4096
-
-// memory is a mapping of this process that tests fault on. It is touched only
-// from within system calls: a goroutine that faulted directly could not be
-// stopped for a garbage collection, which would then wait for the very goroutine
-// that serves the fault.
-type memory struct {
-	t    *testing.T
-	b    []byte
-	pipe *os.File // a memfd as source and sink of the accesses
-}
-
-func newMemory(t *testing.T, fd int, length, flags int) *memory {
-	t.Helper()
-	b, err := unix.Mmap(fd, 0, length, unix.PROT_READ|unix.PROT_WRITE, flags)
-	if err != nil {
-		t.Fatalf("mmap: %v", err)
-	}
-	t.Cleanup(func() { _ = unix.Munmap(b) })
-	mfd, err := unix.MemfdCreate("touch", unix.MFD_CLOEXEC)
-	if err != nil {
-		t.Fatal(err)
-	}
-	f := os.NewFile(uintptr(mfd), "touch")
-	t.Cleanup(func() { f.Close() })
-	return &memory{t: t, b: b, pipe: f}
-}
-
-func anonymous(t *testing.T, length int) *memory {
-	return newMemory(t, -1, length, unix.MAP_PRIVATE|unix.MAP_ANONYMOUS)
-}
-
-func memfd(t *testing.T, length int) (*memory, int) {
-	t.Helper()
-	fd, err := unix.MemfdCreate("ram", unix.MFD_CLOEXEC)
-	if err != nil {
-		t.Fatal(err)
-	}
-	t.Cleanup(func() { unix.Close(fd) })
-	if err := unix.Ftruncate(fd, int64(length)); err != nil {
-		t.Fatal(err)
-	}
-	return newMemory(t, fd, length, unix.MAP_SHARED), fd
-}
-
-func (m *memory) addr() uint64 { return uint64(uintptr(unsafe.Pointer(&m.b[0]))) }
-func (m *memory) len() uint64  { return uint64(len(m.b)) }
-
-// write stores data at off by a kernel-mode access; it waits in the fault.
-func (m *memory) write(off int, data []byte) error {
-	if _, err := m.pipe.WriteAt(data, int64(off)); err != nil {
-		return err
-	}
-	n, err := m.pipe.ReadAt(m.b[off:off+len(data)], int64(off))
-	if err == nil && n != len(data) {
-		err = errors.New("short")
-	}
-	return err
-}
-
-// read copies n bytes at off out by a kernel-mode access.
-func (m *memory) read(off, n int) ([]byte, error) {
-	if _, err := m.pipe.WriteAt(m.b[off:off+n], 1<<30); err != nil {
-		return nil, err
-	}
-	out := make([]byte, n)
-	_, err := m.pipe.ReadAt(out, 1<<30)
-	return out, err
-}
-
-func (m *memory) mustWrite(off int, data []byte) {
-	m.t.Helper()
-	if err := m.write(off, data); err != nil {
-		m.t.Fatal(err)
-	}
-}
-
-func open(t *testing.T, want Features) *Handle {
-	t.Helper()
-	f, err := New(unix.O_CLOEXEC | unix.O_NONBLOCK)
-	if err != nil {
-		t.Fatal(err)
-	}
-	h, err := Adopt(f, want)
-	if errors.Is(err, ErrUnsupported) {
-		t.Skipf("kernel too old: %v", err)
-	}
-	if err != nil {
-		t.Fatal(err)
-	}
-	t.Cleanup(func() { h.Close() })
-	return h
-}
-
-// next waits for the next message, at most 5 s.
-func next(t *testing.T, h *Handle) Msg {
-	t.Helper()
-	stop, err := NewStop()
-	if err != nil {
-		t.Fatal(err)
-	}
-	defer stop.Close()
-	timer := time.AfterFunc(5*time.Second, func() { _ = stop.Signal() })
-	defer timer.Stop()
-	for {
-		if err := h.Wait(stop); err != nil {
-			t.Fatalf("no message: %v", err)
-		}
-		var m [1]Msg
-		_, err := h.Read(m[:])
-		if errors.Is(err, ErrAgain) {
-			continue
-		}
-		if err != nil {
-			t.Fatal(err)
-		}
-		return m[0]
-	}
-}
-
-func async(f func() error) <-chan error {
-	c := make(chan error, 1)
-	go func() { c <- f() }()
-	return c
-}
-
-func wait(t *testing.T, c <-chan error) {
-	t.Helper()
-	select {
-	case err := <-c:
-		if err != nil {
-			t.Fatal(err)
-		}
-	case <-time.After(5 * time.Second):
-		t.Fatal("the faulting thread was not woken")
-	}
-}
 
 func TestWriteProtect(t *testing.T) {
 	h := open(t, FeaturePagefaultFlagWP|FeatureThreadID)
@@ -355,28 +216,6 @@ func TestMinorAndPoison(t *testing.T) {
 	}
 }
 
-func TestAdoptRefusesUnknownFeatures(t *testing.T) {
-	f, err := New(unix.O_CLOEXEC)
-	if err != nil {
-		t.Fatal(err)
-	}
-	_, err = Adopt(f, 1<<40|FeatureThreadID)
-	if !errors.Is(err, ErrUnsupported) || !bytes.Contains([]byte(err.Error()), []byte("bit40")) {
-		t.Fatalf("%v", err)
-	}
-	r, w, err := os.Pipe()
-	if err != nil {
-		t.Fatal(err)
-	}
-	defer w.Close()
-	if _, err := Adopt(r, 0); !errors.Is(err, ErrUnsupported) {
-		t.Fatalf("a pipe was adopted: %v", err)
-	}
-	if _, err := r.Stat(); err == nil {
-		t.Error("the file was not closed")
-	}
-}
-
 func TestResume(t *testing.T) {
 	h := open(t, FeatureThreadID|FeatureEventRemove)
 	dup := func() *os.File {
@@ -414,47 +253,6 @@ func TestResume(t *testing.T) {
 	}
 	if _, err := Resume(f); err == nil {
 		t.Fatal("resumed without a handshake")
-	}
-}
-
-func TestRegisterExplains(t *testing.T) {
-	h := open(t, FeaturePagefaultFlagWP|FeatureWPHugetlbfsShmem)
-	dir := t.TempDir()
-	var st unix.Statfs_t
-	if err := unix.Statfs(dir, &st); err != nil {
-		t.Fatal(err)
-	}
-	f, err := os.Create(filepath.Join(dir, "ram"))
-	if err != nil {
-		t.Fatal(err)
-	}
-	defer f.Close()
-	if err := f.Truncate(4 * page); err != nil {
-		t.Fatal(err)
-	}
-	if st.Type == unix.TMPFS_MAGIC {
-		t.Log("temporary directory is tmpfs: the disk file case cannot be seen here")
-	} else {
-		m := newMemory(t, int(f.Fd()), 4*page, unix.MAP_PRIVATE)
-		_, err = h.Register(m.addr(), m.len(), ModeWP)
-		if !errors.Is(err, ErrUnsupported) || !errors.Is(err, unix.EINVAL) || !bytes.Contains([]byte(err.Error()), []byte("disk filesystem")) {
-			t.Errorf("private file: %v", err)
-		}
-	}
-
-	m := anonymous(t, 4*page)
-	if _, err := h.Register(m.addr(), 1, ModeWP); !errors.Is(err, unix.EINVAL) || errors.Is(err, ErrUnsupported) {
-		t.Errorf("unaligned: %v", err)
-	}
-	if err := h.WriteProtect(m.addr(), page); !errors.Is(err, unix.ENOENT) {
-		t.Errorf("arming what is not registered: %v", err)
-	}
-	if _, err := h.Register(m.addr(), m.len(), ModeWP); err != nil {
-		t.Fatal(err)
-	}
-	other := open(t, FeaturePagefaultFlagWP)
-	if _, err := other.Register(m.addr(), m.len(), ModeWP); !errors.Is(err, unix.EBUSY) {
-		t.Errorf("two owners: %v", err)
 	}
 }
 
@@ -591,32 +389,4 @@ func TestRawAllocatesNothing(t *testing.T) {
 	}); n != 0 {
 		t.Errorf("%v allocations", n)
 	}
-}
-
-func TestFeatureNames(t *testing.T) {
-	if got := (FeatureWPAsync | FeaturePagefaultFlagWP | 1<<50).String(); got != "PAGEFAULT_FLAG_WP,WP_ASYNC,bit50" {
-		t.Error(got)
-	}
-	if Features(0).String() != "none" || Mode(0).String() != "0x0" || (ModeWP|ModeMinor).String() != "wp|minor" {
-		t.Error("names")
-	}
-	f, err := Probe()
-	if err != nil {
-		t.Fatal(err)
-	}
-	if !f.Has(FeatureMissingShmem) {
-		t.Errorf("probe: %v", f)
-	}
-	t.Logf("kernel features: %v", f)
-}
-
-func FuzzParseInfo(f *testing.F) {
-	f.Add([]byte("pos:\t0\npending:\t1\ntotal:\t2\nAPI:\taa:80000001:8000000000000003\n"))
-	f.Add([]byte("API:\taa:1\n"))
-	f.Fuzz(func(t *testing.T, b []byte) {
-		in, err := parseInfo(b)
-		if err != nil && in != (Info{}) {
-			t.Error("both an error and a result")
-		}
-	})
 }
