@@ -303,12 +303,12 @@ func TestStall(t *testing.T) {
 		_ = c.CloseWrite()
 		sent <- n
 	}()
-	deadline := time.Now().Add(10 * time.Second)
-	for w.read().Stalled != 1 {
+	look := time.NewTicker(5 * time.Millisecond)
+	defer look.Stop()
+	for deadline := time.Now().Add(10 * time.Second); w.read().Stalled != 1; <-look.C {
 		if time.Now().After(deadline) {
 			t.Fatalf("no stall: %+v", w.read())
 		}
-		time.Sleep(5 * time.Millisecond)
 	}
 	mid := w.read()
 	close(read)

@@ -401,6 +401,19 @@ func TestSampledBar(t *testing.T) {
 	t.Logf("all: %.1f %% of %d windows covered", 100*float64(covered)/float64(total), total)
 }
 
+// askedOf is a context that tells when somebody begins to wait for its end. A window
+// does so once it is open.
+type askedOf struct {
+	context.Context
+	once  sync.Once
+	asked chan struct{}
+}
+
+func (w *askedOf) Done() <-chan struct{} {
+	w.once.Do(func() { close(w.asked) })
+	return w.Context.Done()
+}
+
 // TestShares: the make-up of a load that is known.
 func TestShares(t *testing.T) {
 	const pages = 4096
@@ -416,8 +429,9 @@ func TestShares(t *testing.T) {
 	for range 8 {
 		round++
 		var wg sync.WaitGroup
+		ctx := &askedOf{Context: t.Context(), asked: make(chan struct{})}
 		wg.Go(func() {
-			time.Sleep(15 * time.Millisecond)
+			<-ctx.asked
 			for p := range 2000 {
 				page := m.b[p*pageBytes : (p+1)*pageBytes]
 				switch p % 4 {
@@ -433,10 +447,11 @@ func TestShares(t *testing.T) {
 				}
 			}
 		})
-		if _, err := s.Window(t.Context(), 60*time.Millisecond); err != nil {
+		_, err := s.Window(ctx, 60*time.Millisecond)
+		ctx.Done() // should it have failed before
+		if wg.Wait(); err != nil {
 			t.Fatal(err)
 		}
-		wg.Wait()
 	}
 	sh, ok := s.Shares()
 	t.Logf("%+v", sh)
