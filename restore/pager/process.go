@@ -221,7 +221,7 @@ func (w *Warm) Start(ctx context.Context, cfg Config) (_ *Process, err error) {
 	switch w.ctl.phaseNow() {
 	case PhaseFailed:
 		if st, err := loadState(cfg.RunDir); err == nil && st.Error != nil {
-			return nil, st.Error.err()
+			return nil, st.Error.Err()
 		}
 		return nil, problem.New(problem.Failed, "start pager", cfg.RunDir, "it failed and could not say why")
 	case PhaseGone:
@@ -355,14 +355,14 @@ func (p *Process) Wait(ctx context.Context) error {
 	case <-p.over:
 	case <-p.damaged:
 	case <-ctx.Done():
-		return problem.New(problem.CodeOf(ctx.Err()), "page in", p.runDir, "%w", ctx.Err())
+		return problem.New(problem.CodeOf(ctx.Err()), opPageIn, p.runDir, "%w", ctx.Err())
 	}
 	return p.verdict()
 }
 
 func (p *Process) verdict() error {
 	if bad := p.ctl.badPages.Load(); bad > 0 {
-		e := &problem.Error{Code: problem.Integrity, Op: "page in", Object: p.runDir,
+		e := &problem.Error{Code: problem.Integrity, Op: opPageIn, Object: p.runDir,
 			Hint: "the guest waits where it touches one of them; verify the checkpoint, mend the store and resume the pager"}
 		if st, err := loadState(p.runDir); err == nil && st.Damage != nil {
 			e.Code = st.Damage.First.Code
@@ -372,7 +372,7 @@ func (p *Process) verdict() error {
 			if st.Config.BadPage == BadPagePoison {
 				e.Hint = "the guest gets a memory error where it touches one of them"
 			}
-			e.Err = fmt.Errorf("%d pages cannot be had: %w", bad, st.Damage.First.err())
+			e.Err = fmt.Errorf("%d pages cannot be had: %w", bad, st.Damage.First.Err())
 		} else {
 			e.Err = fmt.Errorf("%d pages cannot be had", bad)
 		}
@@ -380,9 +380,9 @@ func (p *Process) verdict() error {
 	}
 	switch p.ctl.phaseNow() {
 	case PhaseGone:
-		return problem.New(problem.Failed, "page in", p.runDir, "the process ended before everything was in")
+		return problem.New(problem.Failed, opPageIn, p.runDir, "the process ended before everything was in")
 	case PhaseFailed:
-		return problem.New(problem.Failed, "page in", p.runDir, "failed")
+		return problem.New(problem.Failed, opPageIn, p.runDir, "failed")
 	}
 	return nil
 }

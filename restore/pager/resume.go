@@ -40,7 +40,7 @@ func Resume(ctx context.Context, runDir string) (*Process, error) {
 	}
 	switch {
 	case phase == PhaseFailed && st.Error != nil:
-		return nil, st.Error.err()
+		return nil, st.Error.Err()
 	case phase.over():
 		return nil, problem.New(problem.NotFound, "resume pager", runDir, "its work is over (%s)", phase)
 	}

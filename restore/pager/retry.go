@@ -166,7 +166,7 @@ func (s *server) publish(first error) error {
 		if first == nil {
 			first = errors.New("unreadable")
 		}
-		d.First = *asFailure(first)
+		d.First = *problem.ToWire(opPageIn, first)
 		for _, r := range s.need.HeldRuns(64) {
 			d.Runs = append(d.Runs, Run{Block: s.lazy[r.Block].ImageBlock, First: r.First, Pages: r.Pages})
 		}

@@ -140,7 +140,7 @@ func (s *server) prepare(maps *mappings) error {
 	byImage := map[int]int{}
 	for i, b := range s.lazy {
 		if b.ImageBlock >= len(have) || b.Pages() > have[b.ImageBlock] {
-			return problem.New(problem.Integrity, "page in", b.Name, "%d pages to bring in, but block %d of the checkpoint has fewer", b.Pages(), b.ImageBlock)
+			return problem.New(problem.Integrity, opPageIn, b.Name, "%d pages to bring in, but block %d of the checkpoint has fewer", b.Pages(), b.ImageBlock)
 		}
 		pages[i] = b.Pages()
 		s.zero[i] = make(bitmap, (pages[i]+63)/64)

@@ -25,49 +25,25 @@ const (
 	maxStateBytes = 16 << 20
 )
 
+// opPageIn is the operation of what fails in a pager.
+const opPageIn = "page in"
+
 // state is pager.json.
 type state struct {
-	Schema string   `json:"schema"`
-	Phase  string   `json:"phase"`
-	Config Config   `json:"config"`
-	Error  *failure `json:"error,omitempty"`
-	Damage *damage  `json:"damage,omitempty"`
-	Final  *Stats   `json:"final,omitempty"`
-	Notes  []string `json:"notes,omitempty"` // what could not be done, though nothing was lost
-}
-
-// failure is a problem.Error on its way between processes.
-type failure struct {
-	Code      problem.Code `json:"code"`
-	Op        string       `json:"op"`
-	Object    string       `json:"object,omitempty"`
-	Hint      string       `json:"hint,omitempty"`
-	Retryable bool         `json:"retryable"`
-	Cause     string       `json:"cause"`
+	Schema string        `json:"schema"`
+	Phase  string        `json:"phase"`
+	Config Config        `json:"config"`
+	Error  *problem.Wire `json:"error,omitempty"`
+	Damage *damage       `json:"damage,omitempty"`
+	Final  *Stats        `json:"final,omitempty"`
+	Notes  []string      `json:"notes,omitempty"` // what could not be done, though nothing was lost
 }
 
 // damage says which pages cannot be had.
 type damage struct {
-	Pages uint64  `json:"pages"`
-	Runs  []Run   `json:"runs"` // the first of them, by block of the source
-	First failure `json:"first"`
-}
-
-func asFailure(err error) *failure {
-	var p *problem.Error
-	if !errors.As(err, &p) {
-		return &failure{Code: problem.CodeOf(err), Op: "page in", Cause: err.Error()}
-	}
-	f := &failure{Code: p.Code, Op: p.Op, Object: p.Object, Hint: p.Hint, Retryable: p.Retryable}
-	if p.Err != nil {
-		f.Cause = p.Err.Error()
-	}
-	return f
-}
-
-func (f *failure) err() error {
-	return &problem.Error{Code: f.Code, Op: f.Op, Object: f.Object, Hint: f.Hint,
-		Retryable: f.Retryable, Err: errors.New(f.Cause)}
+	Pages uint64       `json:"pages"`
+	Runs  []Run        `json:"runs"` // the first of them, by block of the source
+	First problem.Wire `json:"first"`
 }
 
 // writeFile replaces a file of the run directory in one step. It is not synced: it

@@ -140,7 +140,7 @@ func (w *worker) main(ctx context.Context) error {
 		return w.finish(PhaseGone)
 	case w.ctl.phaseNow() < PhaseServing:
 		w.mu.Lock()
-		w.st.Error = asFailure(err)
+		w.st.Error = problem.ToWire(opPageIn, err)
 		w.mu.Unlock()
 		return errors.Join(err, w.finish(PhaseFailed))
 	}
@@ -369,7 +369,7 @@ func (w *worker) serve(ctx context.Context, h *uffd.Handle, pidfd int, b *beater
 		return err
 	}
 	if errors.Is(err, errReleased) && w.ctl.phaseNow() < PhaseReleasing {
-		return problem.New(problem.Failed, "page in", fmt.Sprintf("pid %d", cfg.QEMUPID), "%w by somebody else before everything was in", err)
+		return problem.New(problem.Failed, opPageIn, fmt.Sprintf("pid %d", cfg.QEMUPID), "%w by somebody else before everything was in", err)
 	}
 	return w.letGo(ctx, s, pidfd)
 }
