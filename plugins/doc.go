@@ -25,6 +25,10 @@
 //
 // # Failure modes
 //
+// A host that is killed takes its programs with it (the kernel ends them), and leaves the
+// directories of their sockets, which the next host on this machine takes away: each is
+// locked as long as its host lives.
+//
 // A generation ends by the death of its process group and the closing of our ends of
 // its pipes, whatever the program does: every wait on it is bounded by that.
 package plugins

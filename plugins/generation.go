@@ -8,7 +8,6 @@ import (
 	"fmt"
 	"io"
 	"net"
-	"os"
 	"os/exec"
 	"sync"
 	"time"
@@ -52,6 +51,8 @@ type Host struct {
 	Line func(program, text string)
 	// TempDir is where directories for sockets are made; empty: the system's.
 	TempDir string
+
+	swept sync.Once // of the directories that dead hosts left there
 }
 
 const (
@@ -75,7 +76,7 @@ type Generation struct {
 	conn *grpc.ClientConn // nil until it shook hands
 	api  policypb.PolicyClient
 	out  *output
-	dir  string // of its socket
+	dir  *socketDir
 	wg   sync.WaitGroup
 	stop context.CancelFunc // of what reads its output
 }
@@ -100,11 +101,12 @@ func (h *Host) Start(ctx context.Context, p Program, params map[string]string) (
 	if h.Line != nil {
 		g.out.line = func(text string) { h.Line(p.Name, text) }
 	}
-	if g.dir, err = os.MkdirTemp(h.TempDir, "ckagent-policy-"); err != nil {
+	h.swept.Do(func() { sweepSocketDirs(h.TempDir) })
+	if g.dir, err = newSocketDir(h.TempDir); err != nil {
 		return nil, err
 	}
-	if len(g.dir) > maxDir {
-		return nil, errors.Join(fmt.Errorf("directory %s: its path is too long for sockets in it", g.dir), os.RemoveAll(g.dir))
+	if len(g.dir.path) > maxDir {
+		return nil, errors.Join(fmt.Errorf("directory %s: its path is too long for sockets in it", g.dir.path), g.dir.remove())
 	}
 	readCtx, stop := context.WithCancel(context.WithoutCancel(ctx))
 	g.stop = stop
@@ -156,7 +158,7 @@ func (g *Generation) start(ctx, readCtx context.Context, sum []byte, timeout tim
 		StartTimeout:     timeout,
 		Stderr:           g.out,
 		Logger:           hclog.NewNullLogger(),
-		UnixSocketConfig: &goplugin.UnixSocketConfig{TempDir: g.dir},
+		UnixSocketConfig: &goplugin.UnixSocketConfig{TempDir: g.dir.path},
 		RunnerFunc: func(_ hclog.Logger, cmd *exec.Cmd, _ string) (runner.Runner, error) {
 			g.proc.cmd.Env = cmd.Env
 			return g.proc, nil
@@ -331,5 +333,5 @@ func (g *Generation) End() {
 		_ = g.conn.Close() // it has no peer any more
 	}
 	g.wg.Wait()
-	_ = os.RemoveAll(g.dir)
+	_ = g.dir.remove() // what stays is swept by the next host
 }

@@ -29,7 +29,25 @@ func TestMain(m *testing.M) {
 		beProgram(filepath.Base(os.Args[0]))
 		return
 	}
+	if dir := os.Getenv(hostVariable); dir != "" {
+		beHost(dir, os.Args[1])
+		return
+	}
 	goleak.VerifyTestMain(m)
+}
+
+// beHost starts a program, says so, and waits to be killed.
+func beHost(registry, temp string) {
+	p, err := NewRegistry(registry).Lookup("steady")
+	if err == nil {
+		_, err = (&Host{TempDir: temp}).Start(context.Background(), p, nil)
+	}
+	if err != nil {
+		fmt.Fprintln(os.Stderr, err)
+		os.Exit(1)
+	}
+	fmt.Print(".")
+	select {}
 }
 
 // beProgram is one that keeps to the contract until its parameters say otherwise

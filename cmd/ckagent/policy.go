@@ -142,6 +142,7 @@ func parseParams(list []string) (map[string]string, error) {
 // policyHost runs policies in control groups of their own, which are removed with
 // them.
 func policyHost(a *app) *plugins.Host {
+	cgroup.Sweep() // those of policies whose host was killed
 	return &plugins.Host{
 		Confine: func(pid int) func() {
 			name := fmt.Sprintf("policy-%d", pid)
