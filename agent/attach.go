@@ -33,6 +33,11 @@ type Options struct {
 
 	Hooks  Hooks
 	Freeze time.Duration // freeze the guest's file systems for the pause, no longer than this; 0: do not
+
+	// Apart has each checkpoint taken by a process of its own (package taker), which is
+	// started by the command line Self; empty: this binary.
+	Apart bool
+	Self  []string
 }
 
 // VM is a running VM that we may take checkpoints of.
@@ -177,6 +182,9 @@ func Refuse(object string, refusals []vm.Refusal) error {
 
 // Checkpoint takes one checkpoint.
 func (v *VM) Checkpoint(ctx context.Context, st *store.Store, o capture.Options) (*capture.Result, error) {
+	if v.opts.Apart {
+		return v.checkpointApart(ctx, st, o)
+	}
 	if err := v.open(ctx); err != nil {
 		return nil, v.proc.Explain(err)
 	}
@@ -208,14 +216,20 @@ func (v *VM) Checkpoint(ctx context.Context, st *store.Store, o capture.Options)
 
 // Rest gives the monitor back until the next checkpoint.
 func (v *VM) Rest() error {
+	err := v.disconnect()
+	v.witness.resume()
+	return err
+}
+
+// disconnect leaves the monitor to anybody.
+func (v *VM) disconnect() error {
+	v.witness.pause()
 	t := v.target
 	v.target = nil
 	if t == nil {
 		return nil
 	}
-	err := t.Close()
-	v.witness.resume()
-	return err
+	return t.Close()
 }
 
 // Ended is closed when the QEMU process has ended.
@@ -223,7 +237,7 @@ func (v *VM) Ended() <-chan struct{} { return v.proc.Done() }
 
 // Close lets go of the VM.
 func (v *VM) Close() error {
-	err := v.Rest()
+	err := v.disconnect()
 	v.witness.end()
 	return errors.Join(err, v.track.Close(), v.lock.Close(), v.proc.Close())
 }

@@ -168,6 +168,9 @@ func (d *driver) carryOut() {
 // ask asks the policy.
 func (d *driver) ask() {
 	v := d.p.Slot.Decide(d.ctx, d.signals())
+	if d.ctx.Err() != nil {
+		return // nobody acts on it
+	}
 	d.mu.Lock()
 	same := d.verdict.Decision.GetReason() == v.Decision.GetReason() && d.verdict.Generation == v.Generation && d.verdict.Source == v.Source
 	d.verdict, d.made = v, time.Now()

@@ -19,7 +19,8 @@ import (
 // goroutine.
 type witness struct {
 	v      *VM
-	wanted bool // between checkpoints too
+	wanted bool            // between checkpoints too
+	tell   func(qmp.Event) // what was seen is another process's to judge; nil: ours
 
 	cancel context.CancelFunc // of the connection of its own; nil: there is none
 	wg     sync.WaitGroup
@@ -46,6 +47,9 @@ func (w *witness) follow(c *qmp.Client) {
 }
 
 func (w *witness) see(e qmp.Event) {
+	if w.tell != nil {
+		w.tell(e)
+	}
 	w.mu.Lock()
 	defer w.mu.Unlock()
 	switch e.Name {

@@ -45,7 +45,8 @@ const (
 	DisksNone     Disks = "none" // left out; a restore has to be told that this is meant
 )
 
-// Options of one checkpoint. Zero values mean the defaults.
+// Options of one checkpoint. Zero values mean the defaults. What is no function is passed
+// between processes (package taker) as JSON.
 type Options struct {
 	Mode     Mode
 	Engine   Engine
@@ -68,10 +69,10 @@ type Options struct {
 	// Written, if not nil, is asked once in each attempt, while the VM stands still and its
 	// device state is saved, in modes stop and buffer, what was written since a checkpoint:
 	// if that is the parent, nothing else is read. nil: not known.
-	Written func(ctx context.Context) (*Written, error)
+	Written func(ctx context.Context) (*Written, error) `json:"-"`
 	// Track, if not nil, has engine bpf leave its marks where they are, and read no more
 	// than was written since they were made if the next checkpoint continues this one.
-	Track *Tracking
+	Track *Tracking `json:"-"`
 
 	// MaxStall bounds how long a vCPU may wait for us. Default 100 ms.
 	MaxStall time.Duration
@@ -99,19 +100,19 @@ type Options struct {
 	// Proven, if not nil, says whether engine bpf was proved on this host for an
 	// accelerator and a kind of RAM: nil, or why not. It may take a second. Default:
 	// nothing is proved.
-	Proven func(ctx context.Context, accel string, ram source.Kind) error
+	Proven func(ctx context.Context, accel string, ram source.Kind) error `json:"-"`
 
 	// Quiesce, if not nil, brings the guest to rest just before the pause, such as
 	// by freezing its file systems. What it returns is called when the guest runs
 	// again, or if the attempt fails; an error of either gives the attempt up.
-	Quiesce func(ctx context.Context) (undo func() error, err error)
+	Quiesce func(ctx context.Context) (undo func() error, err error) `json:"-"`
 
 	// Pace, if not nil, is asked before bytes are written to the store and returns when
 	// they may be. What is urgent, since a guest waits behind it, is only counted.
-	Pace func(ctx context.Context, bytes int, urgent bool) error
+	Pace func(ctx context.Context, bytes int, urgent bool) error `json:"-"`
 
 	// Progress, if not nil, is told about each step, from the caller's goroutine.
-	Progress func(Event)
+	Progress func(Event) `json:"-"`
 }
 
 // Event is one step of a checkpoint.

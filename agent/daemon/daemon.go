@@ -24,8 +24,8 @@ import (
 type Deps struct {
 	Log        *slog.Logger
 	PolicyHost *plugins.Host
-	// Self is the command line of ckagent, of which restores are children; empty: this
-	// binary.
+	// Self is the command line of ckagent, of which restores and checkpoints are children;
+	// empty: this binary.
 	Self []string
 	// Watch makes the watcher behind Top, the metrics and what policies are told of a VM.
 	// It may take a while, for which no VM waits; nil: there is none of these.

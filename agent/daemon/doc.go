@@ -7,8 +7,13 @@
 // serves until its context ends, and lets go of every VM. A VM's record is written
 // before it is attached to and removed when somebody detaches it, so whatever instant
 // the daemon is killed at, the next one takes up the same VMs. Nothing of the daemon is
-// in a QEMU meanwhile: what a checkpoint under way had put there is removed by its
-// guardian.
+// in a QEMU meanwhile: a checkpoint under way is given up by the child that takes it, or
+// by that one's guardian.
+//
+// # Checkpoints
+//
+// Each is taken by a child of its own (package taker), so that no guardian ever watches
+// the daemon: what goes wrong with one checkpoint is one checkpoint of one VM that failed.
 //
 // # Limits
 //

@@ -24,10 +24,9 @@ const (
 type limits struct {
 	cfg   Limits
 	turns *semaphore.Weighted // first come, first served
-	store bandwidth
+	store   bandwidth
 	// waiting counts those that want a turn and have none.
 	waiting atomic.Int64
-	garbage garbage
 }
 
 func newLimits(cfg Limits) *limits {
@@ -43,11 +42,7 @@ func (l *limits) apply(p *agent.Protection) {
 		if err != nil {
 			return nil, err
 		}
-		l.garbage.hold()
-		return func() {
-			l.garbage.release()
-			l.turns.Release(1)
-		}, nil
+		return func() { l.turns.Release(1) }, nil
 	}
 	o := &p.Capture
 	if l.cfg.StoreBandwidth > 0 {

@@ -223,7 +223,7 @@ func (w *ward) attachOnce(ctx context.Context, log *slog.Logger) (_ *agent.VM, _
 	if err != nil {
 		return nil, nil, nil, err
 	}
-	ao.Name = w.name
+	ao.Name, ao.Apart, ao.Self = w.name, true, w.d.deps.Self
 	st, err := store.Open(spec.GetStore())
 	if err != nil {
 		return nil, nil, nil, err

@@ -72,7 +72,11 @@ func dead(held *flock.Held) bool {
 	return errors.Is(err, os.ErrNotExist) || err == nil && s.Ended()
 }
 
-// Path is the lock file.
+// Inherited is a share in the lock of the process that started this one. Close gives the
+// share back; the lock is free when nobody has one.
+func Inherited(f *os.File) *FileLock { return &FileLock{file: f} }
+
+// Path is the lock file; empty for a share that was inherited.
 func (l *FileLock) Path() string { return l.path }
 
 // File is the lock itself: a process that inherits it keeps others from the VM after
@@ -83,7 +87,10 @@ func (l *FileLock) File() *os.File { return l.file }
 // others from taking it.
 func (l *FileLock) Close() error {
 	l.once.Do(func() {
-		l.err = errors.Join(os.Remove(l.path), l.file.Close())
+		if l.path != "" {
+			l.err = os.Remove(l.path)
+		}
+		l.err = errors.Join(l.err, l.file.Close())
 	})
 	return l.err
 }

@@ -2,7 +2,6 @@ package main
 
 import (
 	"context"
-	"runtime"
 
 	"github.com/spf13/cobra"
 
@@ -71,10 +70,6 @@ func runDaemon(ctx context.Context, a *app, o *daemonOptions) error {
 		}
 		return nil
 	}
-	// The heartbeat of each checkpoint under way holds a processor of Go's scheduler. With
-	// as many beats as processors nothing else would run, and guardians would take us for
-	// frozen.
-	runtime.GOMAXPROCS(runtime.GOMAXPROCS(0) + cfg.Limits.Checkpoints)
 	d, err := daemon.New(cfg, daemon.Deps{Log: a.log, PolicyHost: policyHost(a),
 		// Every VM of the host, protected or not, without touching any.
 		Watch: func(ctx context.Context) *signals.Watcher { return signals.NewWatcher(ctx, signals.WatchOptions{}) }})

@@ -6,12 +6,14 @@ import (
 	"os"
 	"time"
 
+	"github.com/ckagent/ckagent/agent"
 	"github.com/ckagent/ckagent/agent/capture"
 	"github.com/ckagent/ckagent/agent/capture/faultserver"
 	"github.com/ckagent/ckagent/agent/capture/proving"
 	"github.com/ckagent/ckagent/agent/guardian"
 	"github.com/ckagent/ckagent/agent/guestagent"
 	"github.com/ckagent/ckagent/agent/problem"
+	"github.com/ckagent/ckagent/agent/taker"
 	"github.com/ckagent/ckagent/agent/vm/inject"
 	"github.com/ckagent/ckagent/restore"
 	"github.com/ckagent/ckagent/restore/pager"
@@ -31,6 +33,9 @@ func helperMain(args []string) (code int, ok bool) {
 		err = faultserver.Main(faultserver.Deps{Take: h.takeUserfaultfd, OpenControl: h.openBeat})
 	case guardian.Verb:
 		err = guardian.Main(ctx, args[1:])
+	case taker.Verb:
+		moreThreads()
+		err = taker.Main(ctx, agent.Take)
 	case proving.Verb:
 		args = append(args, "", "")
 		err = proving.Subject(args[1], args[2])

@@ -21,14 +21,16 @@ func main() {
 	if code, ok := helperMain(os.Args[1:]); ok {
 		os.Exit(code)
 	}
-	// More threads may run Go code than there are processors: a beat is not to wait
-	// for a thread that computes checksums and was itself put off by the host.
-	runtime.GOMAXPROCS(runtime.GOMAXPROCS(0) + 2)
+	moreThreads()
 	ctx, stop := signal.NotifyContext(context.Background(), unix.SIGINT, unix.SIGTERM, unix.SIGHUP)
 	code := run(ctx, os.Args[1:], os.Stdout, os.Stderr)
 	stop()
 	os.Exit(code)
 }
+
+// moreThreads lets more threads run Go code than there are processors: a beat is not to
+// wait for a thread that computes checksums and was itself put off by the host.
+func moreThreads() { runtime.GOMAXPROCS(runtime.GOMAXPROCS(0) + 2) }
 
 // run is the whole program but for the process: tests call it.
 func run(ctx context.Context, args []string, stdout, stderr io.Writer) int {

@@ -76,6 +76,7 @@ func (b *bed) wantReached(t testing.TB, n int64) {
 // started is a verb that runs.
 type started struct {
 	args     []string
+	pid      int
 	signal   func(unix.Signal)
 	out, err *bytes.Buffer
 	done     chan int // the exit code
@@ -92,6 +93,7 @@ func (x *tool) start(t testing.TB, args ...string) *started {
 		cancel()
 		t.Fatal(err)
 	}
+	s.pid = c.Process.Pid
 	s.signal = func(sig unix.Signal) { _ = c.Process.Signal(sig) } // it may have ended by itself
 	go func() {
 		defer cancel()

@@ -17,9 +17,6 @@ import (
 
 const exitNoDaemon = 8
 
-// stepsVariable, set to anything, has the daemon killed at more steps.
-const stepsVariable = "CKAGENT_E2E_STEPS"
-
 func init() { codes[exitNoDaemon] = "no_daemon" }
 
 // host is a daemon with a configuration and a state of its own.
@@ -48,9 +45,9 @@ func newHost(t testing.TB, config string) *host {
 func (h *host) config() string { return filepath.Join(h.dir, "daemon.toml") }
 
 // start runs the daemon, and returns when it answers.
-func (h *host) start(t testing.TB) {
+func (h *host) start(t testing.TB, more ...string) {
 	t.Helper()
-	h.d = h.x.start(h.t, "daemon", "--config", h.config(), "--socket", h.socket)
+	h.d = h.x.start(h.t, append([]string{"daemon", "--config", h.config(), "--socket", h.socket}, more...)...)
 	for end := time.Now().Add(time.Minute); time.Now().Before(end); {
 		if r := h.run(t, "vms", "--json"); r.code == exitOK {
 			return
@@ -123,10 +120,25 @@ func guests(t testing.TB, prefix string, n int) []*vmtest.VM {
 		v := vmtest.Start(t, vmtest.Config{Guest: vmtest.Mini, MemoryMiB: 32, WSMiB: 4, Rate: 500, Name: fmt.Sprintf("%s%d", prefix, i)})
 		list = append(list, v)
 	}
-	for _, v := range list {
-		v.WaitProgress(t, 50)
-	}
+	wantAlive(t, list)
 	return list
+}
+
+// wantAlive fails unless every guest runs on. They are waited for together: each says what it
+// does about once a second.
+func wantAlive(t testing.TB, list []*vmtest.VM) {
+	t.Helper()
+	ctx, cancel := context.WithTimeout(t.Context(), time.Minute)
+	defer cancel()
+	var wg sync.WaitGroup
+	for _, v := range list {
+		wg.Go(func() {
+			if _, err := v.AwaitProgress(ctx, 20); err != nil {
+				t.Errorf("guest of pid %d: %v", v.PID(), err)
+			}
+		})
+	}
+	wg.Wait()
 }
 
 // TestDaemon: VMs are protected by a daemon; it is killed, and the next one has them
@@ -182,9 +194,7 @@ func TestDaemon(t *testing.T) {
 	h.kill(t, unix.SIGKILL)
 	h.start(t)
 	h.wait(t, "both are protected again", both(1))
-	for _, v := range list {
-		v.WaitProgress(t, 50)
-	}
+	wantAlive(t, list)
 
 	h.json(t, &struct{}{}, "detach", "g1")
 	if r := h.kill(t, unix.SIGTERM); r.code != exitOK {
@@ -258,8 +268,8 @@ func TestRestoreAll(t *testing.T) {
 	}
 	h.wait(t, "checkpoints of both", func(m map[string]statusView) bool { return m["r0"].Checkpoints > 0 && m["r1"].Checkpoints > 0 })
 	h.kill(t, unix.SIGKILL)
+	wantAlive(t, list)
 	for _, v := range list {
-		v.WaitProgress(t, 20)
 		if err := v.Crash(); err != nil {
 			t.Fatal(err)
 		}
@@ -284,58 +294,4 @@ func TestRestoreAll(t *testing.T) {
 	h.wait(t, "both are protected again", func(m map[string]statusView) bool {
 		return m["r0"].Checkpoints > 0 && m["r1"].Checkpoints > 0
 	})
-}
-
-// TestDaemonKilledAtEachStep: whatever the daemon was at when it was killed, every guest
-// runs on, and the next daemon protects all of them.
-func TestDaemonKilledAtEachStep(t *testing.T) {
-	h := newHost(t, "[limits]\ncheckpoints = 2\n")
-	b := newBedOf(t, vmtest.Config{Guest: vmtest.Mini, MemoryMiB: 32, WSMiB: 4, Rate: 500, Name: "k9"})
-	list := append(guests(t, "k", 4), b.v)
-	h.start(t)
-	attach := func(v *vmtest.VM, more ...string) {
-		h.json(t, &struct{}{}, append([]string{"attach", itoa(v.PID()), "--interval", "400ms", "--keep-last", "2"}, more...)...)
-	}
-	for _, v := range list[:4] {
-		attach(v)
-	}
-	attach(b.v, "--qmp", b.proxy.Path())
-	protected := func(m map[string]statusView) bool {
-		for _, name := range []string{"k0", "k1", "k2", "k3", "k9"} {
-			if s := m[name]; s.Checkpoints == 0 || !s.Protected {
-				return false
-			}
-		}
-		return len(m) == 5
-	}
-	steps := []string{"query-migrate", "add-fd", "stop", "xen-save-devices-state", "cont", "remove-fd"}
-	if os.Getenv(stepsVariable) == "" {
-		steps = []string{"add-fd", "xen-save-devices-state"}
-	}
-	for _, step := range steps {
-		t.Run(step, func(t *testing.T) {
-			var once sync.Once
-			struck := make(chan struct{})
-			d := h.d
-			remove := b.proxy.Add(vmtest.Rule{Command: step, Decide: func(context.Context, vmtest.Message) vmtest.Verdict {
-				once.Do(func() { d.signal(unix.SIGKILL); close(struck) })
-				return vmtest.Pass
-			}})
-			select {
-			case <-struck:
-			case <-time.After(30 * time.Second):
-				remove()
-				t.Errorf("the daemon never came to %s", step)
-				h.kill(t, unix.SIGQUIT) // says what it was at
-				t.FailNow()
-			}
-			remove()
-			h.kill(t, unix.SIGKILL)
-			for _, v := range list {
-				v.WaitProgress(t, 20)
-			}
-			h.start(t)
-			h.wait(t, "all are protected again", protected)
-		})
-	}
 }

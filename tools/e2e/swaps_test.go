@@ -1,11 +1,13 @@
 package e2e
 
 import (
+	"context"
 	"os"
 	"os/exec"
 	"path/filepath"
 	"slices"
 	"strconv"
+	"strings"
 	"sync"
 	"testing"
 	"time"
@@ -14,36 +16,33 @@ import (
 
 	"github.com/ckagent/ckagent/agent/api"
 	"github.com/ckagent/ckagent/agent/api/apipb"
+	"github.com/ckagent/ckagent/agent/problem"
 )
 
 // swapsVariable sets how many swaps TestPolicySwaps makes.
 const swapsVariable = "CKAGENT_E2E_SWAPS"
 
-// TestPolicySwaps: the policies of five VMs are replaced again and again while
-// checkpoints are under way. Every decision is of one generation, checkpoints go on, and
-// nothing is left of the policies that were.
+// TestPolicySwaps: the policies of five VMs are replaced again and again, each time while
+// a checkpoint of that VM is under way. Every decision is in time and of one generation,
+// checkpoints go on, and nothing is left of the policies that were.
 func TestPolicySwaps(t *testing.T) {
 	total := 10
 	if n, err := strconv.Atoi(os.Getenv(swapsVariable)); err == nil {
 		total = n
 	}
 	h := newHost(t, "[limits]\ncheckpoints = 5\n")
-	programs := t.TempDir()
-	if out, err := exec.Command("go", "build", "-o", programs, "github.com/ckagent/ckagent/cmd/ckagent-policy-fixed").CombinedOutput(); err != nil {
-		t.Fatalf("%v: %s", err, out)
-	}
-	one, other := filepath.Join(programs, "ckagent-policy-one"), filepath.Join(programs, "ckagent-policy-other")
-	for _, path := range []string{one, other} {
-		if err := os.Link(filepath.Join(programs, "ckagent-policy-fixed"), path); err != nil {
-			t.Fatal(err)
-		}
-	}
-	h.x.json(t, &struct{}{}, "policy", "install", one, other, "--policy-dir", filepath.Join(h.dir, "policies"))
-	h.start(t)
+	installTwo(t, h)
+	h.start(t, "--verbose") // tells each decision
 	list := guests(t, "s", 5)
+	var wg sync.WaitGroup
 	for _, v := range list {
-		h.json(t, &struct{}{}, "attach", itoa(v.PID()), "--policy", "one", "--param", "interval=200ms", "--keep-last", "1", "--disks", "none")
+		wg.Go(func() {
+			if r := h.run(t, "attach", itoa(v.PID()), "--policy", "one", "--param", "interval=200ms", "--keep-last", "1", "--disks", "none"); r.code != exitOK {
+				t.Errorf("%s", r)
+			}
+		})
 	}
+	wg.Wait()
 	h.wait(t, "checkpoints of all", func(m map[string]statusView) bool {
 		for _, s := range m {
 			if s.Checkpoints == 0 {
@@ -58,48 +57,16 @@ func TestPolicySwaps(t *testing.T) {
 	}
 	defer conn.Close()
 	c := apipb.NewAgentClient(conn)
-	daemon := h.x.processes()
-	before := openFiles(t, daemon)
+	before := openFiles(t, h.d.pid)
 
 	var mu sync.Mutex
 	var took []time.Duration
-	inFlight, taken := 0, uint64(0)
-	var wg sync.WaitGroup
+	taken := uint64(0)
 	for _, v := range list {
 		wg.Go(func() {
-			name := itoa(v.PID())
-			first, last, generation := uint64(0), uint64(0), uint64(0)
-			for i := range total / len(list) {
-				st, err := c.Status(t.Context(), &apipb.StatusRequest{Vm: name})
-				if err != nil || len(st.GetVms()) != 1 {
-					t.Errorf("%v", err)
-					return
-				}
-				s := st.GetVms()[0]
-				if d := s.GetDecision(); d.GetSource() != "program" || d.GetGeneration() > s.GetPolicy().GetGeneration() {
-					t.Errorf("whose decision is it: %v, policy %v", d, s.GetPolicy())
-				}
-				if i == 0 {
-					first, generation = s.GetCheckpoints(), s.GetPolicy().GetGeneration()
-				}
-				last = s.GetCheckpoints()
-				began := time.Now()
-				r, err := c.SetPolicy(t.Context(), &apipb.SetPolicyRequest{Vm: name, Policy: []string{"other", "one"}[i%2], Params: map[string]string{"interval": "200ms"}})
-				d := time.Since(began)
-				generation++
-				if err != nil || r.GetPolicy().GetGeneration() != generation || r.GetDecision().GetGeneration() != generation {
-					t.Errorf("swap %d: %v, %v; want generation %d", i, err, r, generation)
-					return
-				}
-				mu.Lock()
-				took = append(took, d)
-				if s.GetState() != "idle" && s.GetState() != "queued" {
-					inFlight++
-				}
-				mu.Unlock()
-			}
+			mine, n := swapWhileCapturing(t, c, itoa(v.PID()), total/len(list))
 			mu.Lock()
-			taken += last - first
+			took, taken = append(took, mine...), taken+n
 			mu.Unlock()
 		})
 	}
@@ -111,40 +78,140 @@ func TestPolicySwaps(t *testing.T) {
 		}
 	}
 	slices.Sort(took)
-	if len(took) == 0 {
-		t.Fatal("no swap was made")
+	if len(took) != total {
+		t.Fatalf("%d swaps of %d were made", len(took), total)
 	}
-	t.Logf("%d swaps, %d with a checkpoint in flight; a swap took %v (p50), %v (p99), %v at most; %d checkpoints meanwhile",
-		len(took), inFlight, took[len(took)/2], took[len(took)*99/100], took[len(took)-1], taken)
-	if inFlight < len(took)/2 {
-		t.Errorf("only %d of %d swaps met a checkpoint in flight: the test tests less than it says", inFlight, len(took))
-	}
-	// A checkpoint under way has descriptors of its own; those that swaps leave would
-	// be as many as there were swaps.
-	if after := openFiles(t, daemon); after > before+40 {
+	// What a checkpoint under way has and what a call needs come and go; what swaps leave
+	// would be as much as there were swaps.
+	if after := openFiles(t, h.d.pid); after > before+20 {
 		t.Errorf("%d descriptors before, %d afterwards", before, after)
 	}
 	if n := policiesRunning(t, filepath.Join(h.dir, "policies")); n != 5 {
 		t.Errorf("%d policies run for 5 VMs", n)
 	}
-	h.kill(t, unix.SIGTERM)
+	said := h.kill(t, unix.SIGTERM).err
 	if n := policiesRunning(t, filepath.Join(h.dir, "policies")); n != 0 {
 		t.Errorf("%d policies are left", n)
 	}
-	for _, v := range list {
-		v.WaitProgress(t, 20)
+	decisions, late := decisionsOf(t, said)
+	t.Logf("%d swaps, each with a checkpoint in flight; a swap took %v (p50), %v (p99), %v at most; %d checkpoints meanwhile; %d decisions that differ, %d of them not in time",
+		len(took), took[len(took)/2], took[len(took)*99/100], took[len(took)-1], taken, decisions, late)
+	if late > 0 || decisions < total/2 { // a swap may come before the one before it was acted on
+		t.Errorf("%d decisions were told, and %d were not the program's", decisions, late)
+	}
+	wantAlive(t, list)
+}
+
+// installTwo installs the policy fixed under two names: one and other.
+func installTwo(t *testing.T, h *host) {
+	t.Helper()
+	programs := t.TempDir()
+	if out, err := exec.Command("go", "build", "-o", programs, "github.com/ckagent/ckagent/cmd/ckagent-policy-fixed").CombinedOutput(); err != nil {
+		t.Fatalf("%v: %s", err, out)
+	}
+	one, other := filepath.Join(programs, "ckagent-policy-one"), filepath.Join(programs, "ckagent-policy-other")
+	for _, path := range []string{one, other} {
+		if err := os.Link(filepath.Join(programs, "ckagent-policy-fixed"), path); err != nil {
+			t.Fatal(err)
+		}
+	}
+	h.x.json(t, &struct{}{}, "policy", "install", one, other, "--policy-dir", filepath.Join(h.dir, "policies"))
+}
+
+// swapWhileCapturing swaps a VM's policy so many times, each time when a checkpoint has
+// begun and before it has ended. It returns what the swaps took and how many
+// checkpoints the VM had meanwhile.
+func swapWhileCapturing(t *testing.T, c apipb.AgentClient, vm string, swaps int) (took []time.Duration, taken uint64) {
+	status := func() *apipb.VMStatus {
+		r, err := c.Status(t.Context(), &apipb.StatusRequest{Vm: vm})
+		if err != nil || len(r.GetVms()) != 1 {
+			t.Errorf("%v", err)
+			return &apipb.VMStatus{}
+		}
+		return r.GetVms()[0]
+	}
+	s := status()
+	first, generation := s.GetCheckpoints(), s.GetPolicy().GetGeneration()
+	for i := range swaps {
+		ctx, cancel := context.WithCancel(t.Context())
+		err := underWay(ctx, c, vm)
+		if err != nil {
+			t.Errorf("no checkpoint to swap in: %v", err)
+		}
+		began := time.Now()
+		r, err := c.SetPolicy(ctx, &apipb.SetPolicyRequest{Vm: vm, Policy: []string{"other", "one"}[i%2], Params: map[string]string{"interval": "200ms"}})
+		took = append(took, time.Since(began))
+		cancel()
+		generation++
+		if err != nil || r.GetPolicy().GetGeneration() != generation || r.GetDecision().GetGeneration() != generation {
+			t.Errorf("swap %d: %v, %v; want generation %d", i, err, r, generation)
+			break
+		}
+		if s = status(); s.GetDecision().GetGeneration() > s.GetPolicy().GetGeneration() {
+			t.Errorf("whose decision is it: %v, policy %v", s.GetDecision(), s.GetPolicy())
+		}
+	}
+	return took, s.GetCheckpoints() - first
+}
+
+// underWay returns when a checkpoint of the VM has begun: the one that is ordered for it,
+// which nobody waits for.
+func underWay(ctx context.Context, c apipb.AgentClient, vm string) error {
+	for {
+		stream, err := c.Checkpoint(ctx, &apipb.CheckpointRequest{Vm: vm})
+		if err != nil {
+			return err
+		}
+		e, err := stream.Recv()
+		switch {
+		case err == nil && e.GetTaken() == nil:
+			return nil
+		case err != nil && !problem.Is(api.FromStatus("checkpoint", err), problem.Busy):
+			return err
+		}
 	}
 }
 
-// openFiles counts the descriptors of the processes that live.
-func openFiles(t *testing.T, pids []int) (n int) {
+// decisionsOf reads the decisions that a daemon has told: how many there were, and how many
+// were not a program's. Those of a VM are of generations that only grow, whose policies take
+// turns.
+func decisionsOf(t *testing.T, log string) (n, late int) {
 	t.Helper()
-	for _, pid := range pids {
-		if fds, err := os.ReadDir(filepath.Join("/proc", itoa(pid), "fd")); err == nil {
-			n += len(fds)
+	last := map[string]int{}
+	for line := range strings.Lines(log) {
+		word := map[string]string{}
+		for f := range strings.FieldsSeq(line) {
+			if k, v, ok := strings.Cut(f, "="); ok {
+				word[k] = v
+			}
+		}
+		if word["msg"] != "decision" {
+			continue
+		}
+		n++
+		vm := word["vm"]
+		generation, err := strconv.Atoi(word["generation"])
+		switch {
+		case word["source"] != "program":
+			late++
+			t.Logf("not the program's: %s", line)
+		case err != nil || generation < last[vm] || word["policy"] != []string{"other", "one"}[generation%2]:
+			t.Errorf("whose is it, after generation %d: %s", last[vm], line)
+		default:
+			last[vm] = generation
 		}
 	}
-	return n
+	return n, late
+}
+
+// openFiles counts the descriptors of a process.
+func openFiles(t *testing.T, pid int) int {
+	t.Helper()
+	fds, err := os.ReadDir(filepath.Join("/proc", itoa(pid), "fd"))
+	if err != nil {
+		t.Fatal(err)
+	}
+	return len(fds)
 }
 
 // policiesRunning counts the processes whose program is in a directory.

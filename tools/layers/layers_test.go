@@ -26,6 +26,7 @@ var layers = [][]string{
 	{"agent/vm", "agent/store"},
 	{"agent/guardian", "agent/capture/faultserver", "agent/signals", "agent/export", "agent/ingest"},
 	{"agent/capture"},
+	{"agent/taker"},
 	{"plugins"},
 	{"agent"},
 	{"agent/daemon"},
