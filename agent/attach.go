@@ -52,8 +52,9 @@ type VM struct {
 	machine image.Machine
 	qemu    image.QEMU
 
-	witness *witness
-	track   *capture.Tracking // nil: nothing is tracked between checkpoints
+	witness   *witness
+	track     *capture.Tracking // nil: nothing is tracked between checkpoints
+	interlude interlude
 }
 
 // Attach takes hold of the VM that runs as process pid. It changes nothing, but puts
@@ -73,7 +74,7 @@ func Attach(ctx context.Context, pid int, o Options) (*VM, error) {
 	if _, err := guardian.Recover(ctx, proc); err != nil {
 		return nil, errors.Join(err, lock.Close(), proc.Close())
 	}
-	v := &VM{opts: o, pid: pid, lock: lock, proc: proc}
+	v := &VM{opts: o, pid: pid, lock: lock, proc: proc, interlude: interlude{taken: true}}
 	v.witness = &witness{v: v}
 	if o.Track {
 		v.track = &capture.Tracking{}
@@ -182,6 +183,7 @@ func Refuse(object string, refusals []vm.Refusal) error {
 
 // Checkpoint takes one checkpoint.
 func (v *VM) Checkpoint(ctx context.Context, st *store.Store, o capture.Options) (*capture.Result, error) {
+	v.interlude.take()
 	if v.opts.Apart {
 		return v.checkpointApart(ctx, st, o)
 	}
@@ -218,6 +220,7 @@ func (v *VM) Checkpoint(ctx context.Context, st *store.Store, o capture.Options)
 func (v *VM) Rest() error {
 	err := v.disconnect()
 	v.witness.resume()
+	v.interlude.give()
 	return err
 }
 
@@ -237,6 +240,7 @@ func (v *VM) Ended() <-chan struct{} { return v.proc.Done() }
 
 // Close lets go of the VM.
 func (v *VM) Close() error {
+	v.interlude.take()
 	err := v.disconnect()
 	v.witness.end()
 	return errors.Join(err, v.track.Close(), v.lock.Close(), v.proc.Close())

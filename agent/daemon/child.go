@@ -7,6 +7,7 @@ import (
 	"errors"
 	"fmt"
 	"log/slog"
+	"os"
 	"os/exec"
 	"syscall"
 	"time"
@@ -20,40 +21,54 @@ import (
 
 const (
 	maxChildOutput = 1 << 20
-	childGrace     = 20 * time.Second // for a restore that is interrupted to undo what it did
+	restoreGrace   = 20 * time.Second // for one that is interrupted to undo what it did
 )
 
-// child runs a verb of ckagent with --json and decodes the object it prints. What it
-// starts on purpose, such as a restored QEMU, is in a session and control groups of its
-// own and outlives it and us.
-func (d *Daemon) child(ctx context.Context, log *slog.Logger, out any, args ...string) error {
-	argv := append(append([]string{}, selfexe.Or(d.deps.Self)...), append(args, "--json")...)
+// errand is a verb of ckagent that a child runs.
+type errand struct {
+	args  []string
+	files []*os.File    // that it inherits, from descriptor 3 on
+	grace time.Duration // what it has to end by itself when it is interrupted
+}
+
+// run has a verb run with --json and decodes the object it prints. What it starts on
+// purpose, such as a restored QEMU, is in a session and control groups of its own and
+// outlives it and us.
+func (d *Daemon) run(ctx context.Context, log *slog.Logger, out any, e errand) error {
+	argv := append(append([]string{}, selfexe.Or(d.deps.Self)...), append(e.args, "--json")...)
 	cmd := exec.CommandContext(ctx, argv[0], argv[1:]...)
+	cmd.ExtraFiles = e.files
+	if len(e.files) > 0 { // it is to end with us: its standard input does
+		held, err := cmd.StdinPipe()
+		if err != nil {
+			return err
+		}
+		defer held.Close()
+	}
 	var said, complained bytes.Buffer
 	cmd.Stdout, cmd.Stderr = &bounded{b: &said}, &bounded{b: &complained}
 	cmd.SysProcAttr = &syscall.SysProcAttr{Setpgid: true}
 	cmd.Cancel = func() error { return cmd.Process.Signal(unix.SIGTERM) }
-	cmd.WaitDelay = childGrace
+	cmd.WaitDelay = e.grace
 	err := cmd.Run()
 	if complained.Len() > 0 {
-		log.Info("a child says", "verb", args[0], "text", complained.String())
+		log.Info("a child says", "verb", e.args[0], "text", complained.String())
 	}
+	verb := e.args[0]
 	var head struct {
 		Error *struct {
 			Code    problem.Code `json:"code"`
-			Op      string       `json:"op"`
 			Message string       `json:"message"`
-			Hint    string       `json:"hint"`
 		} `json:"error"`
 	}
 	if jerr := json.Unmarshal(said.Bytes(), &head); jerr != nil {
-		return errors.Join(err, fmt.Errorf("ckagent %s: %w", args[0], jerr))
+		return errors.Join(err, fmt.Errorf("ckagent %s: %w", verb, jerr))
 	}
 	if e := head.Error; e != nil {
-		return problem.New(e.Code, args[0], "", "%s", e.Message)
+		return problem.New(e.Code, verb, "", "%s", e.Message)
 	}
 	if err != nil {
-		return fmt.Errorf("ckagent %s: %w", args[0], err)
+		return fmt.Errorf("ckagent %s: %w", verb, err)
 	}
 	return json.Unmarshal(said.Bytes(), out)
 }
@@ -71,7 +86,7 @@ func (d *Daemon) restore(ctx context.Context, log *slog.Logger, vm, store string
 	var r struct {
 		QEMUPID int `json:"qemu_pid"`
 	}
-	if err := d.child(ctx, log, &r, "restore", vm, "--store", store, "--detach"); err != nil {
+	if err := d.run(ctx, log, &r, errand{args: []string{"restore", vm, "--store", store, "--detach"}, grace: restoreGrace}); err != nil {
 		return 0, err
 	}
 	return r.QEMUPID, nil
@@ -85,7 +100,8 @@ func (d *Daemon) rehearse(ctx context.Context, log *slog.Logger, vm, store strin
 		ID        string `json:"id"`
 		RunningNS int64  `json:"command_to_running_ns"`
 	}
-	err := d.child(ctx, log, &r, "rehearse", vm, "--store", store, "--for", time.Duration(d.cfg.Rehearsal.For).String())
+	err := d.run(ctx, log, &r, errand{grace: restoreGrace,
+		args: []string{"rehearse", vm, "--store", store, "--for", time.Duration(d.cfg.Rehearsal.For).String()}})
 	out.Id, out.RunningNs, out.Ok = r.ID, r.RunningNS, err == nil
 	if err != nil {
 		out.Error = err.Error()

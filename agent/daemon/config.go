@@ -38,6 +38,7 @@ type Config struct {
 	Defaults  Defaults  `toml:"defaults"`
 	TLS       TLS       `toml:"tls"`
 	Rehearsal Rehearsal `toml:"rehearsal"`
+	Signals   Signals   `toml:"signals"`
 }
 
 // Limits of the host; see package doc.
@@ -70,6 +71,11 @@ type Rehearsal struct {
 	For   duration `toml:"for"`   // how long the guest has to run
 }
 
+// Signals is about what policies are told.
+type Signals struct {
+	DirtyEvery duration `toml:"dirty_every"` // time between two looks at how fast a VM writes its memory; 0: never
+}
+
 // duration is a time in a file: "15m".
 type duration time.Duration
 
@@ -87,6 +93,7 @@ func Standard() Config {
 		Limits:    Limits{Checkpoints: 2},
 		Defaults:  Defaults{Store: agent.DefaultStore, Interval: duration(agent.DefaultInterval), KeepLast: agent.DefaultKeep, OnDeath: controller.Notify.String()},
 		Rehearsal: Rehearsal{For: duration(10 * time.Second)},
+		Signals:   Signals{DirtyEvery: duration(5 * time.Minute)},
 	}
 }
 
@@ -153,6 +160,8 @@ func (c *Config) check() error {
 		return fmt.Errorf("rehearsal.every %v: want 0 or at least 1m", time.Duration(c.Rehearsal.Every))
 	case time.Duration(c.Rehearsal.For) < time.Second:
 		return fmt.Errorf("rehearsal.for %v: want at least 1s", time.Duration(c.Rehearsal.For))
+	case c.Signals.DirtyEvery != 0 && time.Duration(c.Signals.DirtyEvery) < 2*dirtyFor:
+		return fmt.Errorf("signals.dirty_every %v: want 0 or at least %v", time.Duration(c.Signals.DirtyEvery), 2*dirtyFor)
 	case t.Listen != "" && (t.Cert == "" || t.Key == "" || t.ClientCA == ""):
 		return errors.New("tls.listen wants cert, key and client_ca: nobody is served unproven")
 	case t.Listen == "" && t != (TLS{}):

@@ -55,6 +55,7 @@ func TestConfiguration(t *testing.T) {
 		"[defaults]\non_death = 'revive'":                     "on_death",
 		"[defaults]\nkeep_last = -1":                          "keep_last",
 		"[rehearsal]\nevery = '1s'":                           "rehearsal.every",
+		"[signals]\ndirty_every = '1s'":                       "dirty_every",
 		"[tls]\nlisten = '127.0.0.1:1'":                       "client_ca",
 		"[tls]\ncert = '/x'":                                  "listen",
 		"[tls]\nlisten='x'\ncert='a'\nkey='a'\nclient_ca='a'": "tls.listen",

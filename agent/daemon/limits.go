@@ -24,13 +24,15 @@ const (
 type limits struct {
 	cfg   Limits
 	turns *semaphore.Weighted // first come, first served
+	// windows are those in which dirty rates are sampled.
+	windows *semaphore.Weighted
 	store   bandwidth
 	// waiting counts those that want a turn and have none.
 	waiting atomic.Int64
 }
 
 func newLimits(cfg Limits) *limits {
-	return &limits{cfg: cfg, turns: semaphore.NewWeighted(int64(cfg.Checkpoints)), store: bandwidth{perSecond: float64(cfg.StoreBandwidth)}}
+	return &limits{cfg: cfg, turns: semaphore.NewWeighted(int64(cfg.Checkpoints)), windows: semaphore.NewWeighted(dirtyAtOnce), store: bandwidth{perSecond: float64(cfg.StoreBandwidth)}}
 }
 
 // apply puts a VM's protection under the limits.

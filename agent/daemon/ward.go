@@ -5,6 +5,7 @@ import (
 	"errors"
 	"log/slog"
 	"sync"
+	"sync/atomic"
 	"time"
 
 	"google.golang.org/protobuf/proto"
@@ -36,6 +37,8 @@ type ward struct {
 	done    chan struct{} // closed when tend has returned
 
 	takenUp bool // belongs to tend
+
+	dirty atomic.Pointer[sampled] // nil: not sampled yet
 
 	keep sync.Mutex // held while the record is written; before mu
 	mu   sync.Mutex
@@ -151,9 +154,10 @@ func (w *ward) protect(ctx context.Context, first func()) (again bool) {
 	w.set(p, nil)
 	log.Info("protected", "policy", slot.Status().Policy)
 	first()
-	stop := w.rehearseOnSchedule(ctx, log)
+	stopRehearsing, stopSampling := w.rehearseOnSchedule(ctx, log), w.sampleOnSchedule(ctx, log, p)
 	err = p.Run(ctx)
-	stop()
+	stopRehearsing()
+	stopSampling()
 	if closed := v.Close(); closed != nil {
 		log.Warn("let go with an error", "error", closed)
 	}

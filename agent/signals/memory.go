@@ -3,6 +3,7 @@ package signals
 import (
 	"context"
 	"errors"
+	"os"
 	"time"
 
 	"github.com/ckagent/ckagent/agent/signals/track"
@@ -16,6 +17,8 @@ type MemoryOptions struct {
 	Take track.Take
 	// Counter is the live counter; nil: none.
 	Counter *dirty.Counter
+	// Lock is a share in the VM's lock that was inherited; nil: it is taken.
+	Lock *os.File
 }
 
 // Memory is a VM whose memory may be tracked: we hold its lock.
@@ -49,7 +52,9 @@ func OpenMemory(ctx context.Context, pid int, o MemoryOptions) (m *Memory, err e
 	if err = errors.Join(err, t.QMP.Close()); err != nil {
 		return m, err
 	}
-	if m.lock, err = vm.Lock(ctx, t.Process); err != nil {
+	if o.Lock != nil {
+		m.lock = vm.Inherited(o.Lock)
+	} else if m.lock, err = vm.Lock(ctx, t.Process); err != nil {
 		return m, err
 	}
 	var vcpus []int

@@ -4,10 +4,12 @@ import (
 	"context"
 	"errors"
 	"fmt"
+	"io"
 	"os"
 	"time"
 
 	"github.com/spf13/cobra"
+	"golang.org/x/sys/unix"
 
 	"github.com/ckagent/ckagent/agent/problem"
 	"github.com/ckagent/ckagent/agent/signals"
@@ -24,6 +26,7 @@ type dirtyRateOptions struct {
 	precision, share   float64
 	heatmap            bool
 	png, qmp           string
+	locked             bool
 }
 
 func newDirtyRateCommand(a *app) *cobra.Command {
@@ -46,6 +49,8 @@ func newDirtyRateCommand(a *app) *cobra.Command {
 	f.BoolVar(&o.heatmap, "heatmap", false, "show where memory is written")
 	f.StringVar(&o.png, "png", "", "write the heat map to a file as a picture")
 	f.StringVar(&o.qmp, "qmp", "", "address of the QMP monitor (default: found from the process)")
+	f.BoolVar(&o.locked, "locked", false, "descriptor 3 is the VM's lock, which is held; end with standard input")
+	_ = f.MarkHidden("locked") // the flag exists; it is the daemon's
 	return c
 }
 
@@ -141,6 +146,20 @@ type blockHeat struct {
 	Heat        []float64 `json:"dirty_pages_per_second"`
 }
 
+// inheritedLock is the descriptor of --locked.
+const inheritedLock = 3
+
+// whileHeld ends with standard input, which whoever passed on the lock holds open as long as
+// he lives: nobody is to be kept from the VM by what nobody waits for.
+func whileHeld(ctx context.Context) (held context.Context, done func()) {
+	held, cancel := context.WithCancel(ctx)
+	go func() { // ends with the process
+		_, _ = io.Copy(io.Discard, os.Stdin)
+		cancel()
+	}()
+	return held, cancel
+}
+
 // takeUserfaultfd makes a userfaultfd in QEMU and leaves nothing there.
 func takeUserfaultfd(ctx context.Context, pid int, vcpus []int) (*os.File, error) {
 	ctx, cancel := context.WithTimeout(ctx, injectTimeout)
@@ -163,7 +182,15 @@ func runDirtyRate(c *cobra.Command, a *app, o *dirtyRateOptions, arg string) (er
 		defer func() { err = errors.Join(err, counter.Close()) }()
 	}
 	ctx := c.Context()
-	m, err := signals.OpenMemory(ctx, pid, signals.MemoryOptions{QMP: o.qmp, Take: takeUserfaultfd, Counter: counter})
+	mo := signals.MemoryOptions{QMP: o.qmp, Take: takeUserfaultfd, Counter: counter}
+	if o.locked {
+		var done func()
+		ctx, done = whileHeld(ctx)
+		defer done()
+		unix.CloseOnExec(inheritedLock)
+		mo.Lock = os.NewFile(inheritedLock, "lock")
+	}
+	m, err := signals.OpenMemory(ctx, pid, mo)
 	if err != nil {
 		return err
 	}
