@@ -27,6 +27,11 @@ type drainer struct {
 const (
 	drainPoll = 50 * time.Millisecond // how soon an idle ring sees a cancel
 	drainNice = 5
+
+	// As many records as are there go into one write, up to these bounds: what the
+	// guest wants to write comes page by page.
+	batchRuns  = 128
+	batchBytes = 256 << 10
 )
 
 // run returns when every ring has ended, or with the first error.
@@ -43,29 +48,40 @@ func (d *drainer) ring(ctx context.Context, r *arena.Ring) error {
 	runtime.LockOSThread()
 	_ = unix.Setpriority(unix.PRIO_PROCESS, unix.Gettid(), drainNice) // a preference, not a need
 	thread := d.vcpus.Thread()
+	runs := make([]image.Run, 0, batchRuns)
 	for ctx.Err() == nil {
 		thread.Keep()
 		rec, ok, done, err := r.Next(drainPoll)
 		if err != nil || done {
 			return err
 		}
-		if !ok {
-			continue
-		}
-		if rec.Origin == arena.ByFault {
-			d.noteHot(rec)
+		runs = runs[:0]
+		bytes, urgent := 0, false
+		for ok && err == nil {
+			urgent = urgent || rec.Origin == arena.ByFault
+			switch {
+			case rec.Same:
+				err = d.w.WriteUnchanged(rec.Block, rec.First, rec.Pages)
+			case rec.Data == nil:
+				err = d.w.WriteZero(rec.Block, rec.First, rec.Pages)
+			default:
+				runs = append(runs, image.Run{Block: rec.Block, First: rec.First, Data: rec.Data})
+				bytes += len(rec.Data)
+			}
+			if rec.Origin == arena.ByFault {
+				d.noteHot(rec)
+			}
+			if err != nil || len(runs) == batchRuns || bytes >= batchBytes {
+				break
+			}
+			rec, ok, _, _ = r.Next(0) // an end or an error comes again
 		}
 		// Behind a full ring of faults a guest waits; behind the scanner's nobody does.
-		if err := d.pace(ctx, len(rec.Data), rec.Origin == arena.ByFault); err != nil {
-			return err
+		if err == nil {
+			err = d.pace(ctx, bytes, urgent)
 		}
-		switch {
-		case rec.Same:
-			err = d.w.WriteUnchanged(rec.Block, rec.First, rec.Pages)
-		case rec.Data == nil:
-			err = d.w.WriteZero(rec.Block, rec.First, rec.Pages)
-		default:
-			err = d.w.WritePages(rec.Block, rec.First, rec.Data)
+		if err == nil {
+			err = d.w.WriteRuns(runs)
 		}
 		if err != nil {
 			return err

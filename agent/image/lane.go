@@ -31,9 +31,10 @@ const frameBuffer = 256 << 10
 type lane struct {
 	raw    *segment
 	frames *segment
-	parts  [][]byte // of the slice at hand
+	parts  [][]byte // pages that go to raw with the next write
 	partsN int      // bytes in parts
 	part1  [1][]byte
+	run1   [1]Run
 	tag    Tag // of the page at hand
 	comp   *compressor
 	out    []byte // frames not yet written
@@ -112,45 +113,68 @@ func (w *Writer) append(s *segment, bufs [][]byte, n int) error {
 	return nil
 }
 
-// write stores claimed pages and fills in their entries.
-func (l *lane) write(w *Writer, block int, first uint64, data []byte) (zeros, stored uint64, err error) {
-	page := int(w.blocks[block].PageBytes)
-	step := max(sliceBytes, page)
-	if w.o.Direct {
-		step = max(directSlice, page)
-	}
-	for len(data) > 0 {
-		part := data[:min(step, len(data))]
-		n := uint64(len(part) / page)
+// write stores claimed pages and fills in their entries. Short runs share a write.
+func (l *lane) write(w *Writer, runs []Run) (zeros, stored uint64, err error) {
+	for _, r := range runs {
 		var z, s uint64
-		if w.codec == 0 {
-			z, s, err = l.writeRaw(w, block, first, part)
-		} else {
-			z, s, err = l.writeFrames(w, block, first, part)
-		}
+		z, s, err = l.put(w, r)
 		zeros, stored = zeros+z, stored+s
 		if err != nil {
 			break
 		}
-		first += n
-		data = data[len(part):]
+	}
+	if err == nil {
+		err = l.flushRaw(w)
+	}
+	if err == nil {
+		err = l.flush(w)
 	}
 	// Keep no reference to the caller's memory.
 	clear(l.parts[:cap(l.parts)])
-	l.parts, l.part1[0] = l.parts[:0], nil
+	l.parts, l.partsN, l.part1[0], l.run1[0].Data = l.parts[:0], 0, nil, nil
 	return zeros, stored, err
 }
 
-// writeRaw hashes one slice page by page and writes its runs of non-zero pages
-// in one call, straight from the caller's memory.
-func (l *lane) writeRaw(w *Writer, block int, first uint64, data []byte) (zeros, stored uint64, err error) {
+// put takes one run in, a slice at a time.
+func (l *lane) put(w *Writer, r Run) (zeros, stored uint64, err error) {
+	page := int(w.blocks[r.Block].PageBytes)
+	step := max(sliceBytes, page)
+	if w.o.Direct {
+		step = max(directSlice, page)
+	}
+	for data, first := r.Data, r.First; len(data) > 0; {
+		part := data[:min(step, len(data))]
+		n := len(part) / page
+		if l.partsN+len(part) > step || len(l.parts)+n > maxParts {
+			if err := l.flushRaw(w); err != nil {
+				return zeros, stored, err
+			}
+		}
+		var z, s uint64
+		if w.codec == 0 {
+			z, s, err = l.putRaw(w, r.Block, first, part)
+		} else {
+			z, s, err = l.putFrames(w, r.Block, first, part)
+		}
+		zeros, stored = zeros+z, stored+s
+		if err != nil {
+			return zeros, stored, err
+		}
+		first += uint64(n)
+		data = data[len(part):]
+	}
+	return zeros, stored, nil
+}
+
+// putRaw hashes one slice page by page and notes its runs of non-zero pages for the
+// next write, which takes them straight from the caller's memory.
+func (l *lane) putRaw(w *Writer, block int, first uint64, data []byte) (zeros, stored uint64, err error) {
 	page := int(w.blocks[block].PageBytes)
 	number := w.layout.firstEntry[block] + first
 	entries := w.entriesOf(block, first, uint64(len(data)/page))
 	zero := zeroPage[:page]
 	zeroSum := w.zeroSum[block]
 	var off uint64
-	l.parts = l.parts[:0]
 	run := 0 // start of the run of pages to store that ends here
 	for i := 0; i < len(data); i, number, entries = i+page, number+1, entries[entryBytes:] {
 		p := data[i : i+page]
@@ -167,10 +191,9 @@ func (l *lane) writeRaw(w *Writer, block int, first uint64, data []byte) (zeros,
 			continue
 		}
 		if stored == 0 { // the first one: only now is a segment needed
-			if err := w.room(&l.raw, SegmentRaw, len(data)-i); err != nil {
+			if off, err = l.rawRoom(w, len(data)-i); err != nil {
 				return zeros, 0, err
 			}
-			off = l.raw.size
 		}
 		putEntry(entries, rawLocation(l.raw.index, off+stored), xxhash.Sum64(p))
 		w.known(number, 1, uint64(page))
@@ -179,19 +202,30 @@ func (l *lane) writeRaw(w *Writer, block int, first uint64, data []byte) (zeros,
 	if run < len(data) {
 		l.parts = append(l.parts, data[run:])
 	}
-	if stored == 0 {
-		return zeros, 0, nil
-	}
-	return zeros, stored, w.append(l.raw, l.parts, int(stored))
+	l.partsN += int(stored)
+	return zeros, stored, nil
 }
 
-// writeFrames compresses one slice, a frame at a time; what does not shrink goes
+// rawRoom makes room for n bytes behind the parts that wait for the next write, and
+// returns where they will lie in the raw segment.
+func (l *lane) rawRoom(w *Writer, n int) (off uint64, err error) {
+	if l.partsN > 0 && l.raw.size+uint64(l.partsN+n) > w.o.SegmentBytes {
+		if err := l.flushRaw(w); err != nil { // what waits has its place in this one
+			return 0, err
+		}
+	}
+	if err := w.room(&l.raw, SegmentRaw, l.partsN+n); err != nil {
+		return 0, err
+	}
+	return l.raw.size + uint64(l.partsN), nil
+}
+
+// putFrames compresses one slice, a frame at a time; what does not shrink goes
 // to the raw segment.
-func (l *lane) writeFrames(w *Writer, block int, first uint64, data []byte) (zeros, stored uint64, err error) {
+func (l *lane) putFrames(w *Writer, block int, first uint64, data []byte) (zeros, stored uint64, err error) {
 	b := w.blocks[block]
 	page := int(b.PageBytes)
 	number := w.layout.firstEntry[block] + first
-	l.parts, l.partsN = l.parts[:0], 0
 	l.chosen = l.chosen[:0]
 	put := func() error {
 		n, err := l.frame(w, b, number, data)
@@ -217,13 +251,7 @@ func (l *lane) writeFrames(w *Writer, block int, first uint64, data []byte) (zer
 			return zeros, stored, err
 		}
 	}
-	if err := put(); err != nil {
-		return zeros, stored, err
-	}
-	if err := l.flushRaw(w); err != nil {
-		return zeros, stored, err
-	}
-	return zeros, stored, l.flush(w)
+	return zeros, stored, put()
 }
 
 // frame stores the chosen pages of data, at most a frame's worth; number is that of
@@ -271,15 +299,10 @@ func (l *lane) frame(w *Writer, b Block, number uint64, data []byte) (stored uin
 		return uint64(len(f)), nil
 	}
 	n := k * page
-	if l.partsN > 0 && l.raw.size+uint64(l.partsN+n) > w.o.SegmentBytes {
-		if err := l.flushRaw(w); err != nil {
-			return 0, err
-		}
-	}
-	if err := w.room(&l.raw, SegmentRaw, l.partsN+n); err != nil {
+	off, err := l.rawRoom(w, n)
+	if err != nil {
 		return 0, err
 	}
-	off := l.raw.size + uint64(l.partsN)
 	for i := range k {
 		put(i, rawLocation(l.raw.index, off+uint64(i*page)))
 	}

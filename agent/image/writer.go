@@ -195,30 +195,74 @@ func (w *Writer) Blocks() []Block { return w.blocks }
 func (w *Writer) WritePages(block int, firstPage uint64, data []byte) error {
 	w.life.RLock()
 	defer w.life.RUnlock()
-	if block < 0 || block >= len(w.blocks) {
-		return w.misuse(block, firstPage, "no such block")
-	}
-	pageBytes := w.blocks[block].PageBytes
-	if uint64(len(data))%pageBytes != 0 {
-		return w.misuse(block, firstPage, "data is not whole pages")
-	}
-	n := uint64(len(data)) / pageBytes
-	if n == 0 {
-		return nil
-	}
-	if err := w.claim(block, firstPage, n); err != nil {
+	r := Run{Block: block, First: firstPage, Data: data}
+	n, err := w.claimRun(r)
+	if err != nil || n == 0 {
 		return err
 	}
 	l, err := w.takeLane()
 	if err != nil {
 		return w.fail(err)
 	}
-	zeros, stored, err := l.write(w, block, firstPage, data)
+	l.run1[0] = r
+	return w.written(l, l.run1[:], n)
+}
+
+// Run is consecutive pages of a block, with their content.
+type Run struct {
+	Block int
+	First uint64
+	Data  []byte
+}
+
+// WriteRuns is WritePages for several runs, which need not have anything to do with
+// each other: pages that come singly, as the guest writes to them, cost one write for
+// many.
+func (w *Writer) WriteRuns(runs []Run) error {
+	w.life.RLock()
+	defer w.life.RUnlock()
+	var pages uint64
+	for _, r := range runs {
+		n, err := w.claimRun(r)
+		if err != nil {
+			return err
+		}
+		pages += n
+	}
+	if pages == 0 {
+		return nil
+	}
+	l, err := w.takeLane()
+	if err != nil {
+		return w.fail(err)
+	}
+	return w.written(l, runs, pages)
+}
+
+// claimRun checks a run and marks its pages as written.
+func (w *Writer) claimRun(r Run) (pages uint64, err error) {
+	if r.Block < 0 || r.Block >= len(w.blocks) {
+		return 0, w.misuse(r.Block, r.First, "no such block")
+	}
+	pageBytes := w.blocks[r.Block].PageBytes
+	if uint64(len(r.Data))%pageBytes != 0 {
+		return 0, w.misuse(r.Block, r.First, "data is not whole pages")
+	}
+	pages = uint64(len(r.Data)) / pageBytes
+	if pages == 0 {
+		return 0, nil
+	}
+	return pages, w.claim(r.Block, r.First, pages)
+}
+
+// written writes claimed runs by a lane, which it gives back, and counts them.
+func (w *Writer) written(l *lane, runs []Run, pages uint64) error {
+	zeros, stored, err := l.write(w, runs)
 	w.putLane(l)
 	if err != nil {
 		return w.fail(err)
 	}
-	w.pages.Add(n)
+	w.pages.Add(pages)
 	w.zeroPages.Add(zeros)
 	w.storedBytes.Add(stored)
 	return nil

@@ -110,6 +110,41 @@ func TestRunsArriveWholeAndInOrder(t *testing.T) {
 	}
 }
 
+// Several records may be read before they are given back, all at once.
+func TestRecordsAreGivenBackTogether(t *testing.T) {
+	a, f, err := Create([]int{8})
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer a.Close()
+	defer f.Close()
+	r := a.Ring(0)
+	for i := range uint64(5) {
+		if data, ok := r.Reserve(1, 0); !ok {
+			t.Fatal("no room")
+		} else {
+			data[0] = byte(i)
+		}
+		r.Publish(0, i, 1, ByFault)
+	}
+	for i := range uint64(3) {
+		if rec, ok, _, err := r.Next(0); err != nil || !ok || rec.First != i || rec.Data[0] != byte(i) {
+			t.Fatalf("record %d: %+v %v %v", i, rec, ok, err)
+		}
+	}
+	if free := r.FreePages(); free != 3 {
+		t.Errorf("%d pages free before Done", free)
+	}
+	r.Done()
+	r.Done() // nothing was read since
+	if free, records := r.FreePages(), r.FreeRecords(); free != 6 || records != len(r.slots)-2 {
+		t.Errorf("%d pages and %d of %d records free after Done", free, records, len(r.slots))
+	}
+	if rec, ok, _, err := r.Next(0); err != nil || !ok || rec.First != 3 {
+		t.Errorf("next: %+v %v %v", rec, ok, err)
+	}
+}
+
 func TestFullRingGivesUpInTime(t *testing.T) {
 	a, f, err := Create([]int{4})
 	if err != nil {

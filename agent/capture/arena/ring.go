@@ -46,7 +46,8 @@ type Ring struct {
 	lastPage uint64 // data position after the last record published
 	slack    uint64 // see SetSlack
 	// consumer only
-	tailSlot uint64
+	readSlot uint64 // the next to be read
+	tailSlot uint64 // given back up to here
 }
 
 // Reserve waits until n contiguous data pages are free, and as many records, and
@@ -201,14 +202,13 @@ func (r *Ring) isBatch() bool {
 		r.headPage-atomic.LoadUint64(&r.h.tailPage) >= r.pages/16
 }
 
-// Next returns the next record. ok is false when none came within wait; done is
-// true once the producer finished. Each record must be given back by Done before
-// the next call.
+// Next returns the next record, which is the consumer's until Done. ok is false when
+// none came within wait; done is true once the producer finished.
 func (r *Ring) Next(wait time.Duration) (rec Record, ok, done bool, err error) {
 	if !r.waitRecord(wait) {
 		return Record{}, false, false, nil
 	}
-	s := r.slots[r.tailSlot%uint64(len(r.slots))]
+	s := r.slots[r.readSlot%uint64(len(r.slots))]
 	origin := Origin(s.flags &^ (flagZero | flagSame))
 	switch {
 	case origin == end:
@@ -223,6 +223,7 @@ func (r *Ring) Next(wait time.Duration) (rec Record, ok, done bool, err error) {
 		}
 		rec.Data = r.data[uint64(s.start)*PageBytes : (uint64(s.start)+uint64(s.pages))*PageBytes]
 	}
+	r.readSlot++
 	return rec, true, false, nil
 }
 
@@ -232,16 +233,19 @@ func (r *Ring) Next(wait time.Duration) (rec Record, ok, done bool, err error) {
 const lull = time.Millisecond
 
 func (r *Ring) waitRecord(wait time.Duration) bool {
-	ready := func() bool { return atomic.LoadUint64(&r.h.headSlot) != r.tailSlot }
+	ready := func() bool { return atomic.LoadUint64(&r.h.headSlot) != r.readSlot }
 	nap := min(wait, lull)
 	return await(&r.h.headSeq, &r.h.consumerWaits, wakeBatch, nap, ready) ||
 		await(&r.h.headSeq, &r.h.consumerWaits, wakeNow, wait-nap, ready)
 }
 
-// Done gives the last record's data back to the producer.
+// Done gives the data of all records that Next returned back to the producer.
 func (r *Ring) Done() {
-	s := r.slots[r.tailSlot%uint64(len(r.slots))]
-	r.tailSlot++
+	if r.readSlot == r.tailSlot {
+		return
+	}
+	s := r.slots[(r.readSlot-1)%uint64(len(r.slots))]
+	r.tailSlot = r.readSlot
 	atomic.StoreUint64(&r.h.tailPage, s.endPage)
 	atomic.StoreUint64(&r.h.tailSlot, r.tailSlot)
 	atomic.AddUint32(&r.h.tailSeq, 1)
