@@ -42,6 +42,7 @@ func (r *record) add(res *capture.Result, err error, mode string) {
 		c.Id, c.Mode, c.Engine, c.Parent = m.ID, m.Mode, m.Engine, m.Parent
 		c.AtNs = m.CreatedAt.UnixNano()
 		c.PauseNs, c.TotalNs, c.StoredBytes, c.RawBytes, c.CapturedPages = st.PauseNS, st.TotalNS, st.StoredBytes, st.RAMBytes, st.CapturedPages
+		c.ScanNs = res.Capture.ScanNS
 		r.success, r.newest, r.failures, r.lastError = m.CreatedAt, m.ID, 0, ""
 		r.taken++
 		r.retaken = res.Retaken

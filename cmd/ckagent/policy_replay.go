@@ -23,6 +23,7 @@ type replayOptions struct {
 	fixed    time.Duration
 	perPage  time.Duration
 	speed    float64
+	scan     float64
 	repeat   int
 	list     bool
 }
@@ -44,6 +45,7 @@ func newPolicyReplayCommand(a *app, dir *string) *cobra.Command {
 	f.DurationVar(&o.fixed, "cost", replay.DefaultModel.Fixed, "what a checkpoint takes of the guest's time whatever is written")
 	f.DurationVar(&o.perPage, "cost-per-page", replay.DefaultModel.PerPage, "more for each page written first while it is taken")
 	f.Float64Var(&o.speed, "store-speed", replay.DefaultModel.StoreBytesPerSecond, "bytes a checkpoint is written at per second, where the trace does not say")
+	f.Float64Var(&o.scan, "scan-share", 1, "share of a checkpoint's duration in which it passes over memory")
 	f.IntVar(&o.repeat, "repeat", 1, "go through the trace so many times: a guest that goes on as it did")
 	f.BoolVar(&o.list, "checkpoints", false, "list the checkpoints as well")
 	return c
@@ -83,6 +85,9 @@ func runPolicyReplay(c *cobra.Command, a *app, dir string, o *replayOptions, pat
 	if o.mtbf < 0 || o.fixed < 0 || o.perPage < 0 {
 		return usageError("--mtbf, --cost and --cost-per-page are not negative")
 	}
+	if !(o.scan > 0 && o.scan <= 1) {
+		return usageError("--scan-share %v: want above 0 to 1", o.scan)
+	}
 	if !(o.speed > 0) || o.repeat < 1 || o.repeat > maxRepeat {
 		return usageError("--store-speed wants more than 0, --repeat 1 to %d", maxRepeat)
 	}
@@ -91,7 +96,7 @@ func runPolicyReplay(c *cobra.Command, a *app, dir string, o *replayOptions, pat
 		return err
 	}
 	trace = replay.Repeat(trace, o.repeat)
-	m := replay.Model{Fixed: o.fixed, PerPage: o.perPage, StoreBytesPerSecond: o.speed}
+	m := replay.Model{Fixed: o.fixed, PerPage: o.perPage, StoreBytesPerSecond: o.speed, ScanShare: o.scan}
 	if o.mtbf > 0 {
 		m.FailuresPerSecond = 1 / o.mtbf.Seconds()
 	}

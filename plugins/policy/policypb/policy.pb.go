@@ -783,6 +783,7 @@ type Checkpoint struct {
 	CapturedPages uint64                 `protobuf:"varint,11,opt,name=captured_pages,json=capturedPages,proto3" json:"captured_pages,omitempty"`
 	WorkLostShare float64                `protobuf:"fixed64,12,opt,name=work_lost_share,json=workLostShare,proto3" json:"work_lost_share,omitempty"` // of the guest's work while it ran; 0 if not measured
 	Parent        string                 `protobuf:"bytes,13,opt,name=parent,proto3" json:"parent,omitempty"`
+	ScanNs        int64                  `protobuf:"varint,14,opt,name=scan_ns,json=scanNs,proto3" json:"scan_ns,omitempty"` // of total_ns: how long it passed over memory; 0: not known
 	unknownFields protoimpl.UnknownFields
 	sizeCache     protoimpl.SizeCache
 }
@@ -906,6 +907,13 @@ func (x *Checkpoint) GetParent() string {
 		return x.Parent
 	}
 	return ""
+}
+
+func (x *Checkpoint) GetScanNs() int64 {
+	if x != nil {
+		return x.ScanNs
+	}
+	return 0
 }
 
 type Host struct {
@@ -1390,7 +1398,7 @@ const file_policy_proto_rawDesc = "" +
 	"\x04Disk\x127\n" +
 	"\x18written_bytes_per_second\x18\x01 \x01(\x01R\x15writtenBytesPerSecond\x12*\n" +
 	"\x11writes_per_second\x18\x02 \x01(\x01R\x0fwritesPerSecond\x12C\n" +
-	"\x1ewritten_since_checkpoint_bytes\x18\x03 \x01(\x04R\x1bwrittenSinceCheckpointBytes\"\xe0\x02\n" +
+	"\x1ewritten_since_checkpoint_bytes\x18\x03 \x01(\x04R\x1bwrittenSinceCheckpointBytes\"\xf9\x02\n" +
 	"\n" +
 	"Checkpoint\x12\x0e\n" +
 	"\x02id\x18\x01 \x01(\tR\x02id\x12\x13\n" +
@@ -1406,7 +1414,8 @@ const file_policy_proto_rawDesc = "" +
 	" \x01(\x04R\brawBytes\x12%\n" +
 	"\x0ecaptured_pages\x18\v \x01(\x04R\rcapturedPages\x12&\n" +
 	"\x0fwork_lost_share\x18\f \x01(\x01R\rworkLostShare\x12\x16\n" +
-	"\x06parent\x18\r \x01(\tR\x06parent\"\x9c\x02\n" +
+	"\x06parent\x18\r \x01(\tR\x06parent\x12\x17\n" +
+	"\ascan_ns\x18\x0e \x01(\x03R\x06scanNs\"\x9c\x02\n" +
 	"\x04Host\x123\n" +
 	"\x16store_bytes_per_second\x18\x01 \x01(\x01R\x13storeBytesPerSecond\x127\n" +
 	"\x18network_bytes_per_second\x18\x02 \x01(\x01R\x15networkBytesPerSecond\x12.\n" +

@@ -8,9 +8,10 @@
 // The model. A checkpoint begins when the policy wants it. It takes the time in which
 // the store takes its bytes: all that is in use, or with incremental checkpoints what
 // was written since the last. The guest loses Model.Fixed and, for each page it writes
-// before the scan that passes over memory meanwhile has copied it, Model.PerPage. What a
-// failure costs is the time since the instant of the newest checkpoint that was whole by
-// then; expected is its integral times the failure rate.
+// before the scan that passes over memory meanwhile (for Model.ScanShare of that time) has
+// copied it, Model.PerPage. What a failure costs is the time since the instant of the
+// newest checkpoint that was whole by then; expected is its integral times the failure
+// rate.
 //
 // Failure modes. A trace that is malformed, out of order or too large is an error, as
 // is a decision that policy.Check refuses.

@@ -21,6 +21,8 @@ type Model struct {
 	PerPage time.Duration // more for each page that is written before it was copied
 	// StoreBytesPerSecond holds where the trace does not say.
 	StoreBytesPerSecond float64
+	// ScanShare is the share of a checkpoint's duration in which it passes over memory; 0: all.
+	ScanShare float64
 	// FailuresPerSecond replaces the trace's if it is not 0.
 	FailuresPerSecond float64
 }
@@ -194,23 +196,27 @@ func (r *run) checkpoint(at int64, d *policy.Decision) {
 	if n := len(r.history); n > 0 && line.GetCapabilities().GetIncremental() {
 		bytes = min(bytes, curve.Dirty(seconds(at-r.history[n-1].GetAtNs()))*pageBytes)
 	}
-	lost, total := cost(curve, bytes, store, r.model)
+	lost, total, scan := cost(curve, bytes, store, r.model)
 	c := Taken{AtNS: at, TotalNS: nanos(total), LostNS: nanos(lost), Bytes: uint64(bytes), Mode: d.GetMode(), Reason: d.GetReason()}
 	// Until it is whole a failure goes back to the one before.
 	r.expose(at + c.TotalNS)
 	r.res.MaxLossNS = max(r.res.MaxLossNS, at+c.TotalNS-r.committed)
 	r.committed = at
 	r.history = append(r.history, &policy.Checkpoint{AtNs: at, Ok: true, Mode: d.GetMode(), PauseNs: int64(r.model.Fixed), TotalNs: c.TotalNS,
-		StoredBytes: c.Bytes, RawBytes: c.Bytes, CapturedPages: uint64(curve.Met(total)), WorkLostShare: (lost - r.model.Fixed.Seconds()) / total})
+		StoredBytes: c.Bytes, RawBytes: c.Bytes, CapturedPages: uint64(curve.Met(scan)), ScanNs: nanos(scan), WorkLostShare: (lost - r.model.Fixed.Seconds()) / total})
 	r.res.Checkpoints = append(r.res.Checkpoints, c)
 	r.res.Bytes += c.Bytes
 	r.now = at + max(c.TotalNS, int64(time.Millisecond))
 }
 
-// cost is the guest's time that a checkpoint of so many bytes takes, and its own.
-func cost(curve formula.Curve, bytes, store float64, m Model) (lost, total float64) {
+// cost is the guest's time that a checkpoint of so many bytes takes, its own, and that of
+// its scan.
+func cost(curve formula.Curve, bytes, store float64, m Model) (lost, total, scan float64) {
 	total = max(bytes/store, m.Fixed.Seconds(), 1e-3)
-	return min(m.Fixed.Seconds()+curve.Met(total)*m.PerPage.Seconds(), total), total
+	if scan = total; m.ScanShare > 0 {
+		scan = total * min(m.ScanShare, 1)
+	}
+	return min(m.Fixed.Seconds()+curve.Met(scan)*m.PerPage.Seconds(), total), total, scan
 }
 
 // expose adds up what failures until then would cost.

@@ -62,7 +62,8 @@ func costModel(s *policy.Signals, mtbf, weight float64) formula.Cost {
 		}
 	}
 	if g := curve(s); g.Pages > 0 {
-		model.Pages = func(t float64) float64 { return g.Met(model.Commit(t)) }
+		scan := scanShare(list)
+		model.Pages = func(t float64) float64 { return g.Met(scan * model.Commit(t)) }
 	} else if saved > 0 {
 		// Nothing is known of what is written now: as much as was.
 		usual := median(list, func(c *policy.Checkpoint) float64 { return float64(c.GetCapturedPages()) })
@@ -92,4 +93,20 @@ func commit(s *policy.Signals, list []*policy.Checkpoint) func(interval float64)
 		took = float64(s.GetVm().GetUsedBytes()) / speed
 	}
 	return func(float64) float64 { return took }
+}
+
+// scanShare is the share of a checkpoint's duration in which it passes over memory; 1 where
+// that is not known. The rest is its preparation, and what the store does at the end: pages
+// are not saved from being written then.
+func scanShare(list []*policy.Checkpoint) float64 {
+	share := median(list, func(c *policy.Checkpoint) float64 {
+		if c.GetScanNs() <= 0 || c.GetTotalNs() <= 0 {
+			return 1
+		}
+		return min(float64(c.GetScanNs())/float64(c.GetTotalNs()), 1)
+	})
+	if share <= 0 {
+		return 1
+	}
+	return share
 }
