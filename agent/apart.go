@@ -4,8 +4,11 @@ import (
 	"context"
 	"errors"
 	"os"
+	"time"
 
 	"github.com/ckagent/ckagent/agent/capture"
+	"github.com/ckagent/ckagent/agent/guardian"
+	"github.com/ckagent/ckagent/agent/problem"
 	"github.com/ckagent/ckagent/agent/selfexe"
 	"github.com/ckagent/ckagent/agent/store"
 	"github.com/ckagent/ckagent/agent/taker"
@@ -30,7 +33,7 @@ func (v *VM) checkpointApart(ctx context.Context, st *store.Store, o capture.Opt
 		res, err = t.Take(ctx)
 		// Before the hook: nothing of ours is left in the VM then.
 		if err = errors.Join(err, t.Close()); err != nil {
-			return "", v.proc.Explain(err)
+			return "", v.proc.Explain(errors.Join(err, v.putRight(ctx)))
 		}
 		return res.Manifest.ID, nil
 	})
@@ -46,6 +49,22 @@ func (v *VM) checkpointApart(ctx context.Context, st *store.Store, o capture.Opt
 	return res, nil
 }
 
+// putRight lets the VM run again should the process that took a checkpoint have died
+// together with its guardian: to whoever comes next it would be a VM that somebody else
+// has paused. Otherwise there is nothing to do.
+func (v *VM) putRight(ctx context.Context) error {
+	ctx, cancel := context.WithTimeout(context.WithoutCancel(ctx), rightPatience)
+	defer cancel()
+	_, err := guardian.Recover(ctx, v.proc)
+	if problem.Is(err, problem.Busy) {
+		return nil // a guardian is at it
+	}
+	return err
+}
+
+// rightPatience bounds it: QEMU has to answer, and may be flushing its disks.
+const rightPatience = 15 * time.Second
+
 // Take carries out the order of another process of ours, whose lock of the VM we share.
 func Take(ctx context.Context, o *taker.Order, lock *os.File, l *taker.Line) (res *capture.Result, err error) {
 	share := vm.Inherited(lock)
@@ -60,6 +79,9 @@ func Take(ctx context.Context, o *taker.Order, lock *os.File, l *taker.Line) (re
 	st, err := store.Open(o.Store)
 	if err != nil {
 		return nil, err
+	}
+	if err := v.putRight(ctx); err != nil { // if that could not be done before
+		return nil, proc.Explain(err)
 	}
 	if err := v.open(ctx); err != nil {
 		return nil, proc.Explain(err)

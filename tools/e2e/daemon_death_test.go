@@ -88,6 +88,20 @@ func (c *crowd) taker(vm int) (pid int) {
 	return 0
 }
 
+// guardianOf is the guardian that a taker has started.
+func (c *crowd) guardianOf(taker int) (pid int) {
+	for _, p := range c.x.processes() {
+		args, err := readArgs(p)
+		if err != nil || !strings.HasSuffix(args, " __guardian") {
+			continue
+		}
+		if st, err := os.ReadFile("/proc/" + itoa(p) + "/status"); err == nil && strings.Contains(string(st), "PPid:\t"+itoa(taker)+"\n") {
+			return p
+		}
+	}
+	return 0
+}
+
 // readArgs is a process's command line, with spaces between the arguments.
 func readArgs(pid int) (string, error) {
 	b, err := os.ReadFile("/proc/" + itoa(pid) + "/cmdline")
@@ -105,18 +119,20 @@ func TestDaemonKilledAtEachStep(t *testing.T) {
 		step string
 		sig  unix.Signal
 		said string // of it in the status
+		both bool   // its guardian as well
 	}{
-		{"cont", unix.SIGKILL, "signal: killed"},
-		{"xen-save-devices-state", unix.SIGSTOP, "no sign of life"},
-		{"add-fd", unix.SIGKILL, "signal: killed"},
-		{"query-migrate", unix.SIGSTOP, ""}, // where no guardian watches, and where one does
-		{"cont", unix.SIGSTOP, "no sign of life"},
-		{"stop", unix.SIGKILL, "signal: killed"},
+		{"xen-save-devices-state", unix.SIGKILL, "signal: killed", true}, // the VM is stopped then
+		{"xen-save-devices-state", unix.SIGSTOP, "no sign of life", false},
+		{"cont", unix.SIGKILL, "signal: killed", false},
+		{"add-fd", unix.SIGKILL, "signal: killed", false},
+		{"query-migrate", unix.SIGSTOP, "", false}, // where no guardian watches, and where one does
+		{"cont", unix.SIGSTOP, "no sign of life", false},
+		{"stop", unix.SIGKILL, "signal: killed", false},
 	} {
 		if i > 1 && !more {
 			break
 		}
-		t.Run("taker/"+harm.step+"/"+unix.SignalName(harm.sig), func(t *testing.T) { c.harmTaker(t, harm.step, harm.sig, harm.said) })
+		t.Run("taker/"+harm.step+"/"+unix.SignalName(harm.sig), func(t *testing.T) { c.harmTaker(t, harm.step, harm.sig, harm.said, harm.both) })
 	}
 	steps := []string{"query-migrate", "add-fd", "stop", "xen-save-devices-state", "cont", "remove-fd"}
 	if !more {
@@ -143,7 +159,7 @@ func TestDaemonKilledAtEachStep(t *testing.T) {
 // harmTaker harms the process that takes a checkpoint of the bed's VM. That VM goes on, the
 // checkpoint counts as failed and says why, and the next one succeeds; the other VMs'
 // checkpoints and the daemon notice nothing.
-func (c *crowd) harmTaker(t *testing.T, step string, sig unix.Signal, said string) {
+func (c *crowd) harmTaker(t *testing.T, step string, sig unix.Signal, said string, both bool) {
 	conn, err := api.Dial(t.Context(), c.socket)
 	if err != nil {
 		t.Fatal(err)
@@ -162,14 +178,18 @@ func (c *crowd) harmTaker(t *testing.T, step string, sig unix.Signal, said strin
 		return m
 	}
 	before := status()
-	victim := 0
+	victim, guard := 0, 0
 	c.strike(t, step, func() {
-		if victim = c.taker(c.b.v.PID()); victim != 0 {
-			_ = unix.Kill(victim, sig)
+		if victim = c.taker(c.b.v.PID()); victim == 0 {
+			return
 		}
+		if guard = c.guardianOf(victim); both && guard != 0 {
+			_ = unix.Kill(guard, sig)
+		}
+		_ = unix.Kill(victim, sig)
 	})
-	if victim == 0 {
-		t.Fatal("nobody takes the checkpoint")
+	if victim == 0 || both && guard == 0 {
+		t.Fatalf("process %d takes the checkpoint, and %d is its guardian", victim, guard)
 	}
 	seen, failed := "", before["k9"].GetCheckpoints()
 	for end := time.Now().Add(30 * time.Second); seen == "" && time.Now().Before(end); {

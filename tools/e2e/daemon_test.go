@@ -103,12 +103,12 @@ func (h *host) vms(t testing.TB) map[string]statusView {
 func (h *host) wait(t testing.TB, what string, ok func(map[string]statusView) bool) map[string]statusView {
 	t.Helper()
 	var m map[string]statusView
-	for end := time.Now().Add(time.Minute); time.Now().Before(end); {
+	for end := time.Now().Add(3 * time.Minute); time.Now().Before(end); { // the engine's self-test takes one of them on two busy processors
 		if m = h.vms(t); ok(m) {
 			return m
 		}
 	}
-	t.Fatalf("not within a minute: %s; last %+v", what, m)
+	t.Fatalf("not within three minutes: %s; last %+v", what, m)
 	return nil
 }
 
