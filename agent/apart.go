@@ -80,7 +80,8 @@ func Take(ctx context.Context, o *taker.Order, lock *os.File, l *taker.Line) (re
 	if err != nil {
 		return nil, err
 	}
-	if err := v.putRight(ctx); err != nil { // if that could not be done before
+	// If that could not be done before. While a guardian is still at it, it is not our turn.
+	if _, err := guardian.Recover(ctx, proc); err != nil {
 		return nil, proc.Explain(err)
 	}
 	if err := v.open(ctx); err != nil {
