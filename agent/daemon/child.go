@@ -116,38 +116,18 @@ func (w *ward) rehearseOnSchedule(ctx context.Context, log *slog.Logger) (stop f
 	if every == 0 {
 		return func() {}
 	}
-	ctx, cancel := context.WithCancel(ctx)
-	ended := make(chan struct{})
-	go func() {
-		defer close(ended)
-		// The schedule goes on where the daemon before this one left it.
-		next := time.NewTimer(max(0, time.Until(time.Unix(0, r.Rehearsal.GetAtNs()).Add(every))))
-		if r.Rehearsal == nil {
-			next.Reset(every)
-		}
-		defer next.Stop()
-		for {
-			select {
-			case <-ctx.Done():
-				return
-			case <-next.C:
-			}
-			// It takes a turn like a checkpoint: both read and write the store.
-			if w.d.limits.turns.Acquire(ctx, 1) != nil {
-				return
-			}
-			result := w.d.rehearse(ctx, log, w.name, r.Spec.GetStore())
-			w.d.limits.turns.Release(1)
-			if ctx.Err() != nil {
-				return
-			}
-			log.Info("rehearsed", "ok", result.GetOk(), "id", result.GetId(), "running", time.Duration(result.GetRunningNs()), "error", result.GetError())
-			w.note(log, func(r *Record) { r.Rehearsal = result })
-			next.Reset(every)
-		}
-	}()
-	return func() {
-		cancel()
-		<-ended
+	first := every
+	if r.Rehearsal != nil { // the schedule goes on where the daemon before this one left it
+		first = max(0, time.Until(time.Unix(0, r.Rehearsal.GetAtNs()).Add(every)))
 	}
+	// It takes a turn like a checkpoint: both read and write the store.
+	return onSchedule(ctx, first, w.d.limits.turns, func(ctx context.Context) time.Duration {
+		result := w.d.rehearse(ctx, log, w.name, r.Spec.GetStore())
+		if ctx.Err() != nil {
+			return every
+		}
+		log.Info("rehearsed", "ok", result.GetOk(), "id", result.GetId(), "running", time.Duration(result.GetRunningNs()), "error", result.GetError())
+		w.note(log, func(r *Record) { r.Rehearsal = result })
+		return every
+	})
 }

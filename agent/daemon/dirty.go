@@ -35,38 +35,17 @@ func (w *ward) sampleOnSchedule(ctx context.Context, log *slog.Logger, p *agent.
 	if every == 0 {
 		return func() {}
 	}
-	ctx, cancel := context.WithCancel(ctx)
-	ended := make(chan struct{})
-	go func() {
-		defer close(ended)
-		next := time.NewTimer(min(every, dirtyRetry))
-		defer next.Stop()
-		for {
-			select {
-			case <-ctx.Done():
-				return
-			case <-next.C:
-			}
-			if w.d.limits.windows.Acquire(ctx, 1) != nil {
-				return
-			}
-			err := p.Between(ctx, 2*dirtyFor, func(ctx context.Context, lock *os.File) error { return w.sample(ctx, log, lock) })
-			w.d.limits.windows.Release(1)
-			switch {
-			case err == nil:
-				next.Reset(every)
-			case problem.Is(err, problem.Busy), problem.Is(err, problem.Cancelled):
-				next.Reset(min(every, dirtyRetry))
-			default:
-				log.Debug("no dirty rate", "error", err)
-				next.Reset(every)
-			}
+	return onSchedule(ctx, min(every, dirtyRetry), w.d.limits.windows, func(ctx context.Context) time.Duration {
+		err := p.Between(ctx, 2*dirtyFor, func(ctx context.Context, lock *os.File) error { return w.sample(ctx, log, lock) })
+		switch {
+		case err == nil:
+			return every
+		case problem.Is(err, problem.Busy), problem.Is(err, problem.Cancelled):
+			return min(every, dirtyRetry)
 		}
-	}()
-	return func() {
-		cancel()
-		<-ended
-	}
+		log.Debug("no dirty rate", "error", err)
+		return every
+	})
 }
 
 // sample measures the dirty rate once. It ends early where a checkpoint wants the VM.
