@@ -6,7 +6,6 @@ import (
 	"fmt"
 	"math/rand"
 	"os"
-	"path/filepath"
 	"strconv"
 	"testing"
 	"time"
@@ -63,21 +62,12 @@ func TestChainOfCheckpoints(t *testing.T) {
 	}
 	n := chainLength(t)
 	x := newTool(t)
-	v := vmtest.Start(t, vmtest.Config{Guest: vmtest.Mini, MemoryMiB: 64, WSMiB: 8, Rate: 2000, Control: true})
-	proxy, err := vmtest.NewProxy(filepath.Join(v.Dir(), "proxy.sock"), v.QMPPath())
-	if err != nil {
-		t.Fatal(err)
-	}
-	defer func() {
-		if err := proxy.Close(); err != nil {
-			t.Error(err)
-		}
-	}()
+	b := newBedOf(t, vmtest.Config{Guest: vmtest.Mini, MemoryMiB: 64, WSMiB: 8, Rate: 2000})
+	v, proxy := b.v, b.proxy
 	var e explained
 	x.json(t, &e, "explain", itoa(v.PID()))
-	w := newWitness(t, v, monitor(t, v.ControlPath()), e.Blocks)
+	w := newWitness(t, v, b.control, e.Blocks)
 	defer w.watch(proxy)()
-	v.WaitProgress(t, 200)
 
 	rnd := rand.New(rand.NewSource(1))
 	want := map[string][sha256.Size]byte{}

@@ -3,7 +3,6 @@ package e2e
 import (
 	"encoding/json"
 	"errors"
-	"path/filepath"
 	"slices"
 	"strings"
 	"testing"
@@ -23,19 +22,11 @@ func TestTrackedInTheKernel(t *testing.T) {
 		vmtest.Skip(t, "short", "takes many checkpoints")
 	}
 	x := newTool(t)
-	v := vmtest.Start(t, vmtest.Config{MemoryMiB: 192, WSMiB: 64, DirtyMiB: 8, Rate: 4000, Control: true})
-	proxy, err := vmtest.NewProxy(filepath.Join(v.Dir(), "proxy.sock"), v.QMPPath())
-	if err != nil {
-		t.Fatal(err)
-	}
-	defer func() {
-		if err := proxy.Close(); err != nil {
-			t.Error(err)
-		}
-	}()
+	b := newBedOf(t, vmtest.Config{MemoryMiB: 192, WSMiB: 64, DirtyMiB: 8, Rate: 4000})
+	v, proxy := b.v, b.proxy
 	var e explained
 	x.json(t, &e, "explain", itoa(v.PID()))
-	w := newWitness(t, v, monitor(t, v.ControlPath()), e.Blocks)
+	w := newWitness(t, v, b.control, e.Blocks)
 	defer w.watch(proxy)()
 	v.WaitProgress(t, 5000)
 
