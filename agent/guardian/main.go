@@ -238,15 +238,18 @@ func (g *child) takeOver(ctx context.Context, why string, held bool) error {
 	if held {
 		g.control.GuardianActed.Store(uint32(Acting))
 	}
+	grace := time.Duration(g.ServerGrace)
 	if !g.agentDead && g.control.QuitRequested.Load() == 0 {
 		// It may still be writing to the monitor: a moment for it to go, but no
 		// more than that.
-		end(agentFD, g.Agent.PID, g.home, agentPatience)
+		if !end(agentFD, g.Agent.PID, g.home, agentPatience) {
+			grace = 0 // it hangs in the kernel, so the fault server cannot see its end
+		}
 		r.AgentEnded = true
 	}
 	gone := make(chan bool)
 	go func() { // joined below
-		killed := g.letGo()
+		killed := g.letGo(grace)
 		// Without this the monitor would not answer either.
 		_, _ = letContinue(g.control, qemuFD)
 		gone <- killed
@@ -332,10 +335,10 @@ func (g *child) awaitHome() {
 	}
 }
 
-// letGo sees that the fault server ends: by itself, since the agent is dead, or
-// killed. Its end is what drops all protection.
-func (g *child) letGo() (killed bool) {
-	if g.Server.PID == 0 || waitExit(serverFD, time.Duration(g.ServerGrace)) {
+// letGo sees that the fault server ends: by itself within grace, since the agent is dead,
+// or killed. Its end is what drops all protection.
+func (g *child) letGo(grace time.Duration) (killed bool) {
+	if g.Server.PID == 0 || waitExit(serverFD, grace) {
 		return false
 	}
 	end(serverFD, g.Server.PID, g.home, serverPatience)

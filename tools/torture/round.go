@@ -8,6 +8,7 @@ import (
 	"fmt"
 	"os"
 	"os/exec"
+	"path/filepath"
 	"strings"
 	"sync"
 	"time"
@@ -173,17 +174,19 @@ func (b *Bed) Run(ctx context.Context, round Round) *Outcome {
 		}
 	}
 	if len(out.Exceptions) > 0 {
-		out.Log += r.log.String()
-		if names, _ := os.ReadDir(b.state); len(names) > 0 {
-			for _, n := range names {
-				if strings.HasSuffix(n.Name(), ".report.json") {
-					text, _ := os.ReadFile(b.state + "/" + n.Name())
-					out.Log += "\n" + string(text)
-				}
-			}
-		}
+		out.Log += r.log.String() + b.reports()
 	}
 	return out
+}
+
+// reports is what guardians wrote about what they did.
+func (b *Bed) reports() (all string) {
+	names, _ := filepath.Glob(filepath.Join(b.state, "*.report.json"))
+	for _, n := range names {
+		text, _ := os.ReadFile(n)
+		all += "\n" + string(text)
+	}
+	return all
 }
 
 func (r *run) do(ctx context.Context) {

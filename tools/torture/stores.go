@@ -120,7 +120,7 @@ func (b *Bed) StoreRound(ctx context.Context, trouble Trouble, op int, bytes uin
 	b.storeRound(ctx, r, trouble, op, bytes)
 	out.Starved = host.end()
 	if len(out.Exceptions) > 0 {
-		out.Log = r.log.String()
+		out.Log = r.log.String() + b.reports()
 	}
 	return out
 }
