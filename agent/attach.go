@@ -195,8 +195,8 @@ func (v *VM) Checkpoint(ctx context.Context, st *store.Store, o capture.Options)
 			return freeze(ctx, v.target, o.Helper, v.opts.Freeze)
 		}
 	}
-	if o.Proven == nil {
-		o.Proven = proving.Proven(o.Helper)
+	if o.Proofs == nil {
+		o.Proofs = proving.New(o.Helper)
 	}
 	o.Track = v.track
 	var res *capture.Result

@@ -21,43 +21,73 @@ func Choose(ctx context.Context, t *vm.Target, o Options) (Mode, Engine, string)
 	case mode != COW:
 		return mode, EngineNone, why
 	}
-	engine, why, err := chooseEngine(ctx, t, EngineAuto, o.Proven)
+	engine, lacks, err := chooseEngine(ctx, t, EngineAuto, o.Proofs)
 	if err != nil {
 		return Stop, EngineNone, err.Error()
+	}
+	if lacks != nil {
+		why = lacks.Error()
 	}
 	return COW, engine, why
 }
 
-// chooseEngine settles auto, and refuses an engine that was not proved on this host.
-// why tells what keeps auto from engine bpf.
-func chooseEngine(ctx context.Context, t *vm.Target, asked Engine, proven func(context.Context, string, source.Kind) error) (engine Engine, why string, err error) {
+// Proofs says whether engine bpf was proved on this host for an accelerator and a kind of
+// RAM: nil, or why not.
+type Proofs interface {
+	// Known waits for nothing.
+	Known(accel string, ram source.Kind) error
+	// Prove finds out what is not known, which takes a second and on a busy host a minute.
+	Prove(ctx context.Context, accel string, ram source.Kind) error
+}
+
+// ErrUntried is of an engine of which it is not known whether it can be trusted.
+var ErrUntried = errors.New("engine bpf was not tried yet on this host (ckagent doctor does that, and ckagent daemon when it starts)")
+
+// chooseEngine settles auto, which waits for no trial, and refuses an engine that was not
+// proved on this host. lacks is what keeps auto from engine bpf.
+func chooseEngine(ctx context.Context, t *vm.Target, asked Engine, proofs Proofs) (engine Engine, lacks, err error) {
 	if asked == EngineUffd {
-		return EngineUffd, "", nil
+		return EngineUffd, nil, nil
 	}
 	if asked == EngineAuto && t.Accel == "kvm" {
-		return EngineUffd, "engine bpf is experimental under KVM and is taken only if it is asked for", nil
+		return EngineUffd, errors.New("engine bpf is experimental under KVM and is taken only if it is asked for"), nil
 	}
-	lacks := errors.New("engine bpf was not tested on this host")
 	if i := slices.IndexFunc(t.Blocks, func(b vm.RAMBlock) bool { return b.PageBytes != source.PageBytes }); i >= 0 {
 		lacks = fmt.Errorf("engine bpf copies pages of 4 KiB, and RAMBlock %s lies in huge ones of hugetlbfs", t.Blocks[i].Name)
-	} else if proven != nil {
-		lacks = nil
-		for _, kind := range kindsOf(t.Blocks) {
-			if lacks = proven(ctx, t.Accel, kind); lacks != nil {
-				break
-			}
-		}
+	} else {
+		lacks = proved(ctx, t, asked, proofs)
 	}
 	switch {
 	case ctx.Err() != nil:
-		return "", "", problem.New(problem.Cancelled, "checkpoint", "", "%w", ctx.Err())
+		return "", nil, problem.New(problem.Cancelled, "checkpoint", "", "%w", ctx.Err())
 	case lacks == nil:
-		return EngineBPF, "", nil
-	case asked == EngineBPF:
-		return "", "", problem.New(problem.Refused, "checkpoint", "", "engine bpf: %w", lacks).
-			WithHint("use engine uffd, or auto, which takes bpf where it was proved; ckagent doctor shows what was")
+		return EngineBPF, nil, nil
+	case asked == EngineAuto:
+		return EngineUffd, lacks, nil
+	case errors.Is(lacks, ErrUntried):
+		return "", nil, problem.New(problem.Busy, "checkpoint", "", "%w", lacks).
+			WithHint("try again when the host is less busy, or use engine uffd or auto")
 	}
-	return EngineUffd, lacks.Error(), nil
+	return "", nil, problem.New(problem.Refused, "checkpoint", "", "engine bpf: %w", lacks).
+		WithHint("use engine uffd, or auto, which takes bpf where it was proved; ckagent doctor shows what was")
+}
+
+// proved returns nil if engine bpf was proved for all of the VM's RAM. Who asked for it by
+// name waits for a trial.
+func proved(ctx context.Context, t *vm.Target, asked Engine, proofs Proofs) error {
+	if proofs == nil {
+		return ErrUntried
+	}
+	for _, kind := range kindsOf(t.Blocks) {
+		err := proofs.Known(t.Accel, kind)
+		if asked == EngineBPF && errors.Is(err, ErrUntried) {
+			err = proofs.Prove(ctx, t.Accel, kind)
+		}
+		if err != nil {
+			return err
+		}
+	}
+	return nil
 }
 
 // kindsOf are the kinds of RAM among the blocks.

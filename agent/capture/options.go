@@ -5,7 +5,6 @@ import (
 	"fmt"
 	"time"
 
-	"github.com/ckagent/ckagent/agent/capture/source"
 	"github.com/ckagent/ckagent/agent/image"
 	"github.com/ckagent/ckagent/agent/problem"
 )
@@ -97,10 +96,8 @@ type Options struct {
 	// is appended. Default: this very binary.
 	Helper []string
 
-	// Proven, if not nil, says whether engine bpf was proved on this host for an
-	// accelerator and a kind of RAM: nil, or why not. It may take a second. Default:
-	// nothing is proved.
-	Proven func(ctx context.Context, accel string, ram source.Kind) error `json:"-"`
+	// Proofs says where engine bpf can be trusted. Default: nothing is known.
+	Proofs Proofs `json:"-"`
 
 	// Quiesce, if not nil, brings the guest to rest just before the pause, such as
 	// by freezing its file systems. What it returns is called when the guest runs

@@ -36,6 +36,7 @@ type Result struct {
 	Capture  faultserver.Stats // mode cow
 	Image    image.Progress
 	Reason   string   // why mode auto was not mode cow from the first attempt on; empty otherwise
+	Untried  bool     // engine auto did without bpf because nobody had tried that on this host
 	Retaken  []string // why earlier attempts were discarded
 	Notes    []string // what went wrong beside it
 	PID      int
@@ -61,17 +62,17 @@ func Take(ctx context.Context, sub Subject, st *store.Store, o Options) (*Result
 	if why != "" {
 		o.tell("mode", 0, "%s: %s", mode, why)
 	}
+	res := &Result{PID: sub.Target.Process.PID, Reason: why}
 	engine := EngineNone
 	if mode == COW {
-		if engine, why, err = chooseEngine(ctx, sub.Target, o.Engine, o.Proven); err != nil {
+		var lacks error
+		if engine, lacks, err = chooseEngine(ctx, sub.Target, o.Engine, o.Proofs); err != nil {
 			return nil, err
 		}
-		if why != "" {
-			o.tell("engine", 0, "%s: %s", engine, why)
-			why = ""
+		if res.Untried = errors.Is(lacks, ErrUntried); lacks != nil {
+			o.tell("engine", 0, "%s: %v", engine, lacks)
 		}
 	}
-	res := &Result{PID: sub.Target.Process.PID, Reason: why}
 	for p := newPlan(mode, engine, o.Mode); ; {
 		res.Capture, res.Timing = faultserver.Stats{}, Timing{} // of this attempt alone
 		s := &session{sub: sub, target: sub.Target, o: o, attempt: p.attempts[0], store: st, res: res,

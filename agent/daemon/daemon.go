@@ -30,6 +30,9 @@ type Deps struct {
 	// Watch makes the watcher behind Top, the metrics and what policies are told of a VM.
 	// It may take a while, for which no VM waits; nil: there is none of these.
 	Watch func(ctx context.Context) *signals.Watcher
+	// Try has engine bpf tried on this host where it was not, by another process; an error
+	// is that it is still not known whether it can be trusted. nil: nobody tries it.
+	Try func(ctx context.Context) error
 }
 
 // Daemon protects the VMs of a host.
@@ -45,7 +48,7 @@ type Daemon struct {
 
 	ctx  context.Context // of the wards: ends with stop
 	stop context.CancelFunc
-	wg   sync.WaitGroup // wards
+	wg   sync.WaitGroup // wards, and tryEngine
 
 	mu    sync.Mutex
 	ended bool
@@ -88,6 +91,9 @@ func (d *Daemon) Run(ctx context.Context) (err error) {
 	defer func() { err = errors.Join(err, servers.close()) }()
 	if err := d.takeUp(); err != nil {
 		d.log.Error("some VMs are not taken up", "error", err)
+	}
+	if d.deps.Try != nil {
+		d.wg.Go(func() { d.tryEngine(d.ctx, trialWaits) })
 	}
 	return servers.run(ctx)
 }

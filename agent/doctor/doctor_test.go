@@ -65,6 +65,11 @@ func TestProofs(t *testing.T) {
 	if c := r.Find("bpf", "capture in the kernel, tcg, anonymous RAM"); c == nil || c.Status != OK {
 		t.Errorf("%+v", c)
 	}
+	f.Proofs[0] = Proof{Accel: "tcg", RAM: "anonymous", Late: true, Detail: "out\nof time"}
+	r = Judge(f)
+	if c := r.Find("bpf", "capture in the kernel, tcg, anonymous RAM"); c == nil || c.Status != Limited || !strings.Contains(c.Detail, "out of time") || !strings.Contains(c.Mend, "less busy") || r.Engines[0].Engine != "uffd" {
+		t.Errorf("a test that came to no end: %+v", c)
+	}
 	f.Proofs, f.ProofErr = nil, unix.EPERM
 	if c := Judge(f).Find("bpf", "capture in the kernel"); c == nil || c.Status != Missing {
 		t.Errorf("%+v", c)

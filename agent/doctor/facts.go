@@ -33,6 +33,7 @@ type Facts struct {
 type Proof struct {
 	Accel, RAM string // tcg; anonymous, shared
 	OK         bool
+	Late       bool // nothing is known: the host had not the time for it
 	Detail     string
 }
 

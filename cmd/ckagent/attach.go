@@ -12,6 +12,7 @@ import (
 	"github.com/ckagent/ckagent/agent/api"
 	"github.com/ckagent/ckagent/agent/api/apipb"
 	"github.com/ckagent/ckagent/agent/capture"
+	"github.com/ckagent/ckagent/agent/capture/proving"
 	"github.com/ckagent/ckagent/agent/controller"
 	"github.com/ckagent/ckagent/agent/problem"
 	"github.com/ckagent/ckagent/agent/store"
@@ -146,8 +147,13 @@ func (a *app) attachHere(c *cobra.Command, o *attachOptions, s *apipb.Spec, pid 
 		return err
 	}
 	defer func() { err = errors.Join(err, v.Close()) }()
+	trial := newTrial(c.Context(), proving.New(nil).Apart, a.log)
+	defer trial.end()
 	p.Slot = slot
-	p.Taken = func(r *capture.Result) { a.printCheckpoint(r) }
+	p.Taken = func(r *capture.Result) {
+		a.printCheckpoint(r)
+		trial.after(r)
+	}
 	p.Failed = func(err error) { a.log.Error("checkpoint failed", "code", problem.CodeOf(err), "error", err) }
 	p.Decided = a.decided
 	protector := v.Protect(st, p)

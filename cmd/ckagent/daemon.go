@@ -5,6 +5,7 @@ import (
 
 	"github.com/spf13/cobra"
 
+	"github.com/ckagent/ckagent/agent/capture/proving"
 	"github.com/ckagent/ckagent/agent/daemon"
 	"github.com/ckagent/ckagent/agent/problem"
 	"github.com/ckagent/ckagent/agent/signals"
@@ -72,7 +73,8 @@ func runDaemon(ctx context.Context, a *app, o *daemonOptions) error {
 	}
 	d, err := daemon.New(cfg, daemon.Deps{Log: a.log, PolicyHost: policyHost(a),
 		// Every VM of the host, protected or not, without touching any.
-		Watch: func(ctx context.Context) *signals.Watcher { return signals.NewWatcher(ctx, signals.WatchOptions{}) }})
+		Watch: func(ctx context.Context) *signals.Watcher { return signals.NewWatcher(ctx, signals.WatchOptions{}) },
+		Try:   proving.New(nil).Apart})
 	if err != nil {
 		return err
 	}

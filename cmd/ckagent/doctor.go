@@ -11,12 +11,12 @@ import (
 
 // proofs is what is known of the capture in the kernel, in doctor's words.
 func proofs(ctx context.Context) (out []doctor.Proof, err error) {
-	r, err := proving.Load(ctx, nil)
+	paths, err := proving.New(nil).All(ctx)
 	if err != nil {
 		return nil, err
 	}
-	for _, p := range r.Paths {
-		out = append(out, doctor.Proof{Accel: p.Accel, RAM: p.RAM, OK: p.OK, Detail: p.Detail})
+	for _, p := range paths {
+		out = append(out, doctor.Proof{Accel: p.Accel, RAM: p.RAM, OK: p.Outcome == proving.Proved, Late: p.Outcome == proving.Inconclusive, Detail: p.Detail})
 	}
 	return out, nil
 }

@@ -91,7 +91,7 @@ func explain(ctx context.Context, pid int, qmp string) (e *explanation, err erro
 	e = &explanation{Schema: schema("explain"), PID: pid, VM: t.Name, QEMU: t.Version.String(), Machine: t.Machine,
 		Accel: t.Accel, VCPUs: len(t.VCPUs), QMP: t.Endpoint.String(), State: status.State,
 		Refusals: append(append([]vm.Refusal{}, refusals...), m.Refusals...), Changes: m.Changes, Blocks: t.Blocks, Prediction: p}
-	e.Mode, e.Engine, e.Reason = capture.Choose(ctx, t, capture.Options{Proven: proving.Proven(nil)})
+	e.Mode, e.Engine, e.Reason = capture.Choose(ctx, t, capture.Options{Proofs: proving.New(nil)})
 	if e.Mode == capture.COW {
 		if err := inject.CanTrace(pid); err != nil {
 			e.Mode, e.Engine, e.Reason = capture.Stop, capture.EngineNone, err.Error()

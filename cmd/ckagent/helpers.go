@@ -37,8 +37,9 @@ func helperMain(args []string) (code int, ok bool) {
 		moreThreads()
 		err = taker.Main(ctx, agent.Take)
 	case proving.Verb:
-		args = append(args, "", "")
-		err = proving.Subject(args[1], args[2])
+		err = proving.Main(ctx)
+	case proving.SubjectVerb:
+		err = proving.Subject(args[1:])
 	case guestagent.GuardVerb:
 		err = guestagent.GuardMain(ctx, args[1:])
 	case pager.VerbWorker:

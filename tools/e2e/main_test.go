@@ -1,6 +1,8 @@
 package e2e
 
 import (
+	"context"
+	"errors"
 	"fmt"
 	"os"
 	"os/exec"
@@ -8,6 +10,8 @@ import (
 	"testing"
 
 	"go.uber.org/goleak"
+
+	"github.com/ckagent/ckagent/agent/capture/proving"
 )
 
 // release is the binary that users get.
@@ -26,6 +30,7 @@ func TestMain(m *testing.M) {
 			os.RemoveAll(dir)
 			os.Exit(1)
 		}
+		proveEngine()
 		goleak.VerifyTestMain(m, goleak.Cleanup(leave(dir)))
 		return
 	}
@@ -35,7 +40,22 @@ func TestMain(m *testing.M) {
 		os.RemoveAll(dir)
 		os.Exit(1)
 	}
+	proveEngine()
 	goleak.VerifyTestMain(m, goleak.Cleanup(leave(dir)))
+}
+
+// proveEngine has engine bpf tried before any test, so that engine auto is the same one in
+// all of them, and no daemon of theirs has it to do.
+func proveEngine() {
+	paths, err := proving.New([]string{release}).All(context.Background(), proving.ByAuto)
+	for _, p := range paths {
+		if p.Outcome != proving.Proved {
+			err = errors.Join(err, fmt.Errorf("engine bpf, %s, %s RAM: %s: %s", p.Accel, p.RAM, p.Outcome, p.Detail))
+		}
+	}
+	if err != nil { // the tests of the engine will say what it costs
+		fmt.Fprintln(os.Stderr, err)
+	}
 }
 
 func leave(dir string) func(int) {

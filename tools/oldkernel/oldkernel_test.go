@@ -125,7 +125,10 @@ func TestLinux61(t *testing.T) {
 	m.comparePage()
 }
 
-const bpfless = "unsupported: bpf cow: load: not in this kernel: programs are not attached before Linux 6.6: not supported"
+const (
+	bpfless = "unsupported: bpf cow: load: not in this kernel: programs are not attached before Linux 6.6: not supported"
+	kvmless = "the subject did not begin: open /dev/kvm: no such file or directory"
+)
 
 // doctor checks what is said about this kernel, word for word.
 func (m *machine) doctor(kernel string) {
@@ -152,8 +155,8 @@ func (m *machine) doctor(kernel string) {
 		"signal disk":           "not in this kernel: programs are not attached before Linux 6.6: not supported",
 		"signal sock":           "not in this kernel: programs are not attached before Linux 6.6: not supported",
 		"signal vcpu":           "not in this kernel: programs are not attached before Linux 6.6: not supported",
-		"capture in the kernel, kvm, anonymous RAM": "the subject did not begin: EOF",
-		"capture in the kernel, kvm, shared RAM":    "the subject did not begin: EOF",
+		"capture in the kernel, kvm, anonymous RAM": kvmless,
+		"capture in the kernel, kvm, shared RAM":    kvmless,
 		"capture in the kernel, tcg, anonymous RAM": bpfless,
 		"capture in the kernel, tcg, shared RAM":    bpfless,
 	}, gaps); d != "" {

@@ -10,6 +10,7 @@ import (
 	"sync/atomic"
 	"time"
 
+	"github.com/ckagent/ckagent/agent/capture/proving"
 	"github.com/ckagent/ckagent/agent/problem"
 	"github.com/ckagent/ckagent/agent/store"
 	"github.com/ckagent/ckagent/tools/vmtest"
@@ -67,6 +68,10 @@ func NewBed(ctx context.Context, g *Ground, size Size) (_ *Bed, err error) {
 	b := &Bed{g: g, size: size, tap: &tap{}, dir: filepath.Join(g.Dir, fmt.Sprintf("bed%d", n))}
 	b.store, b.state = filepath.Join(b.dir, "store"), filepath.Join(b.dir, "run")
 	if err := os.MkdirAll(b.dir, 0o700); err != nil {
+		return nil, err
+	}
+	// Ahead, where nothing is harmed: a checkpoint that asks for engine bpf would wait for it.
+	if _, err := proving.New([]string{g.Binary}).All(ctx, proving.ByAuto); err != nil {
 		return nil, err
 	}
 	b.cage = newCage(fmt.Sprintf("ckagent-torture-%d-%d", os.Getpid(), n))

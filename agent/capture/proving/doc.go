@@ -15,15 +15,28 @@
 //     emulated; the subject makes a virtual machine whose guest writes. What KVM writes
 //     by itself into the RAM of larger guests (kvmclock) is not in the trial.
 //
+// # Outcomes
+//
+// A path is proved, or refuted: a byte is wrong, a page is missing or came twice, or
+// the trial ended twice in another way that is not for lack of time, such as the
+// kernel's refusal of the programs. Both are written down until the next boot. A trial
+// that ran out of time, or in which too few pages were written, says nothing: it is made
+// again, with more patience and at a higher priority, and if none of the few comes to an
+// end the path is what it was before, not tried.
+//
 // # Life cycle
 //
-// Load returns what is known since this boot and for this binary (a file below
-// /run/ckagent), or runs the trials, about a second, and writes it down. A trial that
-// fails is an answer as well. Subject is what the child runs.
+// Prover.Known says what is written down for this boot and this build, and waits for
+// nothing: it is what a checkpoint asks that chooses its engine by itself. Prover.Prove and
+// Prover.All make the trials of what is not known, some seconds each. Prover.Apart has
+// them made by a process of its own, for those who have guests to look after: its
+// child ends with its standard input, and so with whoever started it. Main is that
+// child, Subject what a trial is made of.
 //
 // # Concurrency and failure modes
 //
-// Load may be called by several processes at once; the last to finish writes the file.
-// The child is killed with its parent. What keeps a trial from being made (no rights, no
-// such system call) is its detail, as a wrong byte would be.
+// All functions may be called by several goroutines and processes at once: one makes the
+// trial of a path, and the others wait for its answer. A process that dies in the middle
+// leaves nothing; the subject is killed with it. The subject runs at a low priority, for
+// guests must not notice it; the rest of a trial costs next to nothing.
 package proving

@@ -2,13 +2,13 @@ package proving
 
 import (
 	"context"
-	"encoding/json"
 	"fmt"
 	"os"
 	"path/filepath"
 	"strings"
 	"sync"
 	"testing"
+	"time"
 
 	"go.uber.org/goleak"
 
@@ -26,8 +26,10 @@ func TestMain(m *testing.M) {
 	switch {
 	case len(os.Args) > 1 && os.Args[1] == capture.FaultServerVerb:
 		err = faultserver.Main(faultserver.Deps{Take: take, OpenControl: beat})
-	case len(os.Args) > 3 && os.Args[1] == Verb:
-		err = Subject(os.Args[2], os.Args[3])
+	case len(os.Args) > 1 && os.Args[1] == SubjectVerb:
+		err = Subject(os.Args[2:])
+	case len(os.Args) > 1 && os.Args[1] == Verb:
+		err = pretend()
 	default:
 		goleak.VerifyTestMain(m)
 	}
@@ -51,21 +53,24 @@ func beat(f *os.File) (func(), error) {
 	return c.BeatServer, nil
 }
 
-// TestLoad: on this host the engine is proved for both kinds of RAM; the answer is kept
-// for this boot and this binary, and for no other.
-func TestLoad(t *testing.T) {
-	self, err := os.Executable()
-	if err != nil {
-		t.Fatal(err)
-	}
-	dir := filepath.Join(t.TempDir(), "run")
-	// Several at once: one makes the trial, and all get its answer.
-	reports := make([]*Report, 3)
+// prover makes real trials, with answers of its own.
+func prover(t *testing.T) *Prover {
+	p := New(nil)
+	p.dir = filepath.Join(t.TempDir(), "run")
+	return p
+}
+
+// TestAll: on this host the engine is proved for both kinds of RAM under both accelerators.
+// Of several who ask at once one makes the trial, and all get its answer.
+func TestAll(t *testing.T) {
+	p := prover(t)
+	p.efforts = []effort{{20 * time.Second, 0}, {time.Minute, 0}} // beside other tests, which are no guests
+	answers := make([][]Path, 3)
 	var wg sync.WaitGroup
-	for i := range reports {
+	for i := range answers {
 		wg.Go(func() {
 			var err error
-			if reports[i], err = loadFrom(t.Context(), dir, []string{self}); err != nil {
+			if answers[i], err = p.All(t.Context()); err != nil {
 				t.Error(err)
 			}
 		})
@@ -74,80 +79,69 @@ func TestLoad(t *testing.T) {
 	if t.Failed() {
 		t.FailNow()
 	}
-	r := reports[0]
-	for _, other := range reports[1:] {
-		if other.Paths[0].TookNS != r.Paths[0].TookNS {
-			t.Errorf("two trials: %+v and %+v", r.Paths[0], other.Paths[0])
+	for i, path := range answers[0] {
+		t.Logf("%+v", path)
+		if path.Outcome != Proved {
+			t.Errorf("%+v", path)
+		}
+		for _, other := range answers[1:] {
+			if other[i] != path {
+				t.Errorf("two trials: %+v and %+v", path, other[i])
+			}
 		}
 	}
-	file := fileOf(dir, r.Binary)
-	for _, p := range r.Paths {
-		t.Logf("%+v", p)
-	}
-	for _, kind := range []source.Kind{source.Anonymous, source.Shared} {
-		for _, accel := range []string{"tcg", "kvm"} {
-			if err := r.Proven(accel, kind); err != nil {
+	for _, kind := range kinds {
+		for _, accel := range []string{ByAuto, KVM} {
+			if err := p.Known(accel, kind); err != nil {
 				t.Error(err)
 			}
 		}
 	}
-	for accel, kind := range map[string]source.Kind{"xen": source.Anonymous, "tcg": source.PrivateFile} {
-		if err := r.Proven(accel, kind); err == nil || !strings.Contains(err.Error(), accel) {
-			t.Errorf("%s, kind %d: %v", accel, kind, err)
-		}
-	}
-	// What is written down is believed.
-	r.Paths[0].OK, r.Paths[0].Detail = false, "made up"
-	if err := write(file, r); err != nil {
-		t.Fatal(err)
-	}
-	again, err := loadFrom(t.Context(), dir, []string{self})
-	if err != nil || again.Paths[0].OK || again.Proven("tcg", source.Anonymous) == nil {
-		t.Errorf("%+v, %v", again, err)
-	}
-	for _, change := range []func(r *Report){func(r *Report) { r.BootID = "x" }, func(r *Report) { r.Binary = "x" }, func(r *Report) { r.Schema = "x" }} {
-		old := *r
-		change(&old)
-		b, err := json.Marshal(&old)
-		if err != nil {
-			t.Fatal(err)
-		}
-		if err := os.WriteFile(file, b, 0o600); err != nil {
-			t.Fatal(err)
-		}
-		if kept, err := read(file); err != nil || kept.Paths[0].OK {
-			t.Fatalf("%+v, %v", kept, err)
-		}
-		ctx, cancel := context.WithCancel(t.Context())
-		cancel() // so that a new trial shows by its end
-		if r, err := loadFrom(ctx, dir, []string{self}); err == nil {
-			t.Errorf("believed: %+v", r)
-		}
+	if left, err := filepath.Glob(filepath.Join(p.dir, "*")); err != nil || len(left) != 4 {
+		t.Errorf("files %q, %v: want one for each path", left, err)
 	}
 }
 
-// TestWrongByteIsSeen: a comparison with another memory fails.
+// TestSubjectThatCannotBegin says why, and one that has not the time is no failure.
+func TestSubjectThatCannotBegin(t *testing.T) {
+	w := wayOf(ByAuto, source.Anonymous)
+	if _, err := startSubject(t.Context(), []string{"/bin/echo", `{"error":"no such thing"}`}, w, 0); find(err) != doubtful || !strings.Contains(err.Error(), "no such thing") {
+		t.Errorf("%v", err)
+	}
+	p := prover(t)
+	if _, err := p.once(t.Context(), w, effort{patience: time.Microsecond}); find(err) != late {
+		t.Errorf("out of time: %v", err)
+	}
+}
+
+// TestComparison: a comparison with another memory fails.
 func TestComparison(t *testing.T) {
-	w := wayOf("tcg", source.Anonymous)
+	w := wayOf(ByAuto, source.Anonymous)
 	c := newComparison(w, make([]byte, w.pages*pageBytes))
 	c.want[7*pageBytes+99] = 1
 	data := make([]byte, 2*pageBytes)
-	if err := c.compare(record(5, 2, data)); err != nil {
+	if err := c.compare(recordOf(5, 2, data)); err != nil {
 		t.Error(err)
 	}
 	for _, r := range []struct {
 		first, pages uint64
 		says         string
 	}{{7, 1, "not what it was"}, {6, 1, "twice"}, {uint64(w.pages), 1, "does not exist"}} {
-		if err := c.compare(record(r.first, r.pages, data)); err == nil || !strings.Contains(err.Error(), r.says) {
+		if err := c.compare(recordOf(r.first, r.pages, data)); find(err) != wrong || !strings.Contains(err.Error(), r.says) {
 			t.Errorf("page %d: %v", r.first, err)
 		}
 	}
-	if err := c.whole(); err == nil {
-		t.Error("whole with pages missing")
+	if err := c.whole(); find(err) != wrong {
+		t.Errorf("whole with pages missing: %v", err)
+	}
+	for page := range c.seen {
+		c.seen[page] = true
+	}
+	if err := c.whole(); find(err) != late {
+		t.Errorf("with nothing that came by the ring: %v", err)
 	}
 }
 
-func record(first, pages uint64, data []byte) arena.Record {
+func recordOf(first, pages uint64, data []byte) arena.Record {
 	return arena.Record{First: first, Pages: pages, Data: data[:pages*pageBytes], Origin: arena.ByFault}
 }

@@ -1,14 +1,17 @@
 package proving
 
 import (
+	"context"
 	"encoding/binary"
 	"encoding/json"
+	"errors"
 	"fmt"
 	"io"
 	"math/rand/v2"
 	"os"
 	"os/exec"
 	"runtime"
+	"strconv"
 	"syscall"
 
 	"golang.org/x/sys/unix"
@@ -16,8 +19,8 @@ import (
 	"github.com/ckagent/ckagent/agent/capture/source"
 )
 
-// Verb is the hidden verb of our binary that leads to Subject.
-const Verb = "__proving"
+// SubjectVerb is the hidden verb of our binary that leads to Subject.
+const SubjectVerb = "__proving"
 
 const (
 	pageBytes    = source.PageBytes
@@ -36,49 +39,24 @@ type way struct {
 }
 
 func wayOf(accel string, kind source.Kind) way {
-	if accel == "kvm" {
+	if accel == KVM {
 		return way{accel, kind, guestPages, guestPages, 100, 0}
 	}
 	return way{accel, kind, 4096, 3072, 200, 20}
 }
 
-// place is what a subject says of its memory.
+// place is what a subject says of its memory, or why it has none.
 type place struct {
-	HVA uint64 `json:"hva"`
+	HVA   uint64 `json:"hva"`
+	Error string `json:"error,omitempty"`
 }
 
-// Subject is the child process: it writes to its memory until its standard input ends.
-func Subject(accel, kind string) error {
-	w := wayOf(accel, source.Anonymous)
-	size := w.pages * pageBytes
-	flags, fd := unix.MAP_PRIVATE|unix.MAP_ANONYMOUS, -1
-	if kind == kindNames[source.Shared] {
-		var err error
-		if fd, err = unix.MemfdCreate("proving", unix.MFD_CLOEXEC); err != nil {
-			return os.NewSyscallError("memfd_create", err)
-		}
-		if err := unix.Ftruncate(fd, int64(size)); err != nil {
-			return os.NewSyscallError("ftruncate", err)
-		}
-		flags = unix.MAP_SHARED
-	}
-	mem, err := unix.Mmap(fd, 0, size, unix.PROT_READ|unix.PROT_WRITE, flags)
-	if err != nil {
-		return os.NewSyscallError("mmap", err)
-	}
-	for page := range w.pages {
-		if page%8 < 6 { // the rest is absent when it is armed
-			fill(mem, page, 1)
-		}
-	}
-	failed := make(chan error, 1)
-	if accel == "kvm" {
-		err = startGuest(mem, failed)
-	} else {
-		err = startThreads(mem, w.kernelFirst, failed)
-	}
-	if err != nil {
-		return err
+// Subject is the child process, with accelerator, kind of RAM and nice value as its
+// arguments: it writes to its memory until its standard input ends.
+func Subject(args []string) error {
+	mem, failed, err := begin(args)
+	if err != nil { // for whoever started us to tell
+		return json.NewEncoder(os.Stdout).Encode(place{Error: err.Error()})
 	}
 	if err := json.NewEncoder(os.Stdout).Encode(place{HVA: addressOf(mem)}); err != nil {
 		return err
@@ -94,6 +72,56 @@ func Subject(accel, kind string) error {
 	case err := <-ended:
 		return err
 	}
+}
+
+// begin makes the memory and has it written to.
+func begin(args []string) (mem []byte, failed chan error, err error) {
+	if len(args) != 3 {
+		return nil, nil, fmt.Errorf("arguments %q", args)
+	}
+	accel, kind := args[0], args[1]
+	nice, err := strconv.Atoi(args[2])
+	if err != nil {
+		return nil, nil, err
+	}
+	yield(nice)
+	w := wayOf(accel, source.Anonymous)
+	size := w.pages * pageBytes
+	flags, fd := unix.MAP_PRIVATE|unix.MAP_ANONYMOUS, -1
+	if kind == kindNames[source.Shared] {
+		var err error
+		if fd, err = unix.MemfdCreate("proving", unix.MFD_CLOEXEC); err != nil {
+			return nil, nil, os.NewSyscallError("memfd_create", err)
+		}
+		if err := unix.Ftruncate(fd, int64(size)); err != nil {
+			return nil, nil, os.NewSyscallError("ftruncate", err)
+		}
+		flags = unix.MAP_SHARED
+	}
+	mem, err = unix.Mmap(fd, 0, size, unix.PROT_READ|unix.PROT_WRITE, flags)
+	if err != nil {
+		return nil, nil, os.NewSyscallError("mmap", err)
+	}
+	for page := range w.pages {
+		if page%8 < 6 { // the rest is absent when it is armed
+			fill(mem, page, 1)
+		}
+	}
+	failed = make(chan error, 1)
+	if accel == KVM {
+		err = startGuest(mem, failed)
+	} else {
+		err = startThreads(mem, w.kernelFirst, failed)
+	}
+	return mem, failed, err
+}
+
+// yield lets this process, which nobody has to wait for, come after others by its nice
+// value; where the kernel groups processes by session (autogroup), its session too, which
+// it has for itself. Threads to come inherit it. A preference, not a need.
+func yield(nice int) {
+	_ = unix.Setpriority(unix.PRIO_PGRP, 0, nice)
+	_ = os.WriteFile("/proc/self/autogroup", []byte(strconv.Itoa(nice)), 0)
 }
 
 // startThreads has threads store to the pages before kernelFirst, and the kernel copy
@@ -151,8 +179,10 @@ type subject struct {
 	place place
 }
 
-func startSubject(helper []string, w way) (s *subject, err error) {
-	s = &subject{way: w, cmd: exec.Command(helper[0], append(helper[1:len(helper):len(helper)], Verb, w.accel, kindNames[w.kind])...)}
+// startSubject starts one, which is killed when ctx ends.
+func startSubject(ctx context.Context, helper []string, w way, nice int) (s *subject, err error) {
+	args := append(helper[1:len(helper):len(helper)], SubjectVerb, w.accel, kindNames[w.kind], strconv.Itoa(nice))
+	s = &subject{way: w, cmd: exec.CommandContext(ctx, helper[0], args...)}
 	// One processor for its scheduler is not enough for threads that never yield.
 	s.cmd.Env = append(os.Environ(), fmt.Sprintf("GOMAXPROCS=%d", storeThreads+4))
 	s.cmd.SysProcAttr = &syscall.SysProcAttr{Pdeathsig: syscall.SIGKILL, Setsid: true}
@@ -167,7 +197,11 @@ func startSubject(helper []string, w way) (s *subject, err error) {
 	if err := s.cmd.Start(); err != nil {
 		return nil, fmt.Errorf("start the subject: %w", err)
 	}
-	if err := json.NewDecoder(out).Decode(&s.place); err != nil {
+	err = json.NewDecoder(out).Decode(&s.place)
+	if err == nil && s.place.Error != "" {
+		err = errors.New(s.place.Error)
+	}
+	if err != nil {
 		s.end()
 		return nil, fmt.Errorf("the subject did not begin: %w", err)
 	}

@@ -22,25 +22,20 @@ import (
 )
 
 const (
-	rounds       = 2
-	ringBytes    = 32 << 20 // holds the whole subject: a busy host is no reason to fail
-	patience     = 20 * time.Second
-	stopPatience = 5 * time.Second
-	writeTime    = 3 * time.Second // to write so many
+	rounds    = 2
+	ringBytes = 32 << 20 // holds the whole subject: a busy host is no reason to fail
 )
 
-// trial captures a new subject's memory several times. It returns how many pages came
-// by the kernel's ring.
-func trial(ctx context.Context, helper []string, w way) (byRing uint64, err error) {
-	ctx, cancel := context.WithTimeout(ctx, patience)
-	defer cancel()
-	s, err := startSubject(helper, w)
+// trial captures a new subject's memory several times, within ctx. It returns how many
+// pages came by the kernel's ring.
+func trial(ctx context.Context, helper []string, w way, e effort) (byRing uint64, err error) {
+	s, err := startSubject(ctx, helper, w, e.nice)
 	if err != nil {
 		return 0, err
 	}
 	defer s.end()
 	for range rounds {
-		n, err := s.capture(ctx, helper)
+		n, err := s.capture(ctx, helper, e)
 		if byRing += n; err != nil {
 			return byRing, err
 		}
@@ -49,7 +44,7 @@ func trial(ctx context.Context, helper []string, w way) (byRing uint64, err erro
 }
 
 // capture takes one capture and compares it.
-func (s *subject) capture(ctx context.Context, helper []string) (byRing uint64, err error) {
+func (s *subject) capture(ctx context.Context, helper []string, e effort) (byRing uint64, err error) {
 	control, page, err := guardian.CreateControl()
 	if err != nil {
 		return 0, err
@@ -58,7 +53,7 @@ func (s *subject) capture(ctx context.Context, helper []string) (byRing uint64, 
 	pid := s.cmd.Process.Pid
 	blocks := []source.Block{{HVA: s.place.HVA, Pages: uint64(s.way.pages), Kind: s.way.kind}}
 	var guest []faultserver.GuestRange
-	if s.way.accel == "kvm" {
+	if s.way.accel == KVM {
 		guest = []faultserver.GuestRange{{Bytes: blocks[0].Pages * pageBytes, Host: s.place.HVA}}
 	}
 	srv, err := faultserver.New(faultserver.Start{
@@ -71,7 +66,7 @@ func (s *subject) capture(ctx context.Context, helper []string) (byRing uint64, 
 		return 0, err
 	}
 	defer func() { err = errors.Join(err, srv.Close()) }()
-	if err := errors.Join(srv.Ready(ctx)); err != nil {
+	if err := srv.Ready(ctx); err != nil {
 		return 0, err
 	}
 	if err := srv.Prearm(ctx); err != nil {
@@ -80,16 +75,26 @@ func (s *subject) capture(ctx context.Context, helper []string) (byRing uint64, 
 	if err := srv.Rearm(ctx); err != nil {
 		return 0, err
 	}
-	want, err := s.freeze(ctx, srv, blocks)
+	want, err := s.freeze(ctx, srv, blocks, e)
 	if err != nil {
 		return 0, err
 	}
-	c := newComparison(s.way, want)
+	return s.compare(ctx, srv, newComparison(s.way, want), e)
+}
+
+// compare has the rest captured while the subject writes, and looks at what comes.
+func (s *subject) compare(ctx context.Context, srv *faultserver.Client, c *comparison, e effort) (byRing uint64, err error) {
+	ctx, giveUp := context.WithCancel(ctx)
+	defer giveUp()
 	drained := make(chan error, 1)
-	drainCtx, stop := context.WithCancel(ctx)
-	defer stop()
-	go func() { drained <- c.drain(drainCtx, srv.Arena()) }() // joined below
-	lull := time.NewTimer(writeTime)
+	go func() { // joined below
+		err := c.drain(ctx, srv.Arena())
+		if err != nil {
+			giveUp() // the server would wait for room
+		}
+		drained <- err
+	}()
+	lull := time.NewTimer(e.writing())
 	defer lull.Stop()
 	select { // the scan would be faster than the subject
 	case <-c.enough:
@@ -101,9 +106,10 @@ func (s *subject) capture(ctx context.Context, helper []string) (byRing uint64, 
 		err = srv.Wait(ctx)
 	}
 	if err != nil {
-		stop()
+		giveUp()
 	}
-	if drainErr := <-drained; err == nil {
+	// What ends the one ends the other; a wrong page is always the cause.
+	if drainErr := <-drained; err == nil || errors.Is(err, context.Canceled) || errors.Is(drainErr, errWrong) {
 		err = drainErr
 	}
 	if err == nil {
@@ -114,7 +120,7 @@ func (s *subject) capture(ctx context.Context, helper []string) (byRing uint64, 
 
 // freeze stops the subject, has the server freeze, and lets the subject go on. It
 // returns the memory at that instant.
-func (s *subject) freeze(ctx context.Context, srv *faultserver.Client, blocks []source.Block) (want []byte, err error) {
+func (s *subject) freeze(ctx context.Context, srv *faultserver.Client, blocks []source.Block, e effort) (want []byte, err error) {
 	pid := s.cmd.Process.Pid
 	if err := unix.Kill(pid, unix.SIGSTOP); err != nil {
 		return nil, fmt.Errorf("stop the subject: %w", err)
@@ -124,7 +130,7 @@ func (s *subject) freeze(ctx context.Context, srv *faultserver.Client, blocks []
 			err = errors.Join(err, fmt.Errorf("let the subject go on: %w", e))
 		}
 	}()
-	if err := awaitStopped(ctx, pid); err != nil {
+	if err := awaitStopped(ctx, pid, e.stopping()); err != nil {
 		return nil, err
 	}
 	src, err := source.Open(pid, blocks)
@@ -143,8 +149,8 @@ func (s *subject) freeze(ctx context.Context, srv *faultserver.Client, blocks []
 }
 
 // awaitStopped waits until every thread stands still.
-func awaitStopped(ctx context.Context, pid int) error {
-	ctx, cancel := context.WithTimeout(ctx, stopPatience)
+func awaitStopped(ctx context.Context, pid int, within time.Duration) error {
+	ctx, cancel := context.WithTimeout(ctx, within)
 	defer cancel()
 	tick := time.NewTicker(200 * time.Microsecond)
 	defer tick.Stop()
@@ -195,15 +201,20 @@ func (c *comparison) byRing() uint64 {
 	return c.stores + c.copies
 }
 
-// drain compares what comes until every ring has ended.
+// drain compares what comes until every ring has ended, or one brought what is wrong.
 func (c *comparison) drain(ctx context.Context, a *arena.Arena) error {
+	ctx, stop := context.WithCancel(ctx)
+	defer stop()
 	errs := make(chan error, a.Rings())
 	for i := range a.Rings() {
 		go func() { errs <- c.ring(ctx, a.Ring(i)) }()
 	}
 	var all []error
 	for range a.Rings() {
-		all = append(all, <-errs)
+		err := <-errs
+		if all = append(all, err); err != nil {
+			stop()
+		}
 	}
 	return errors.Join(all...)
 }
@@ -233,7 +244,7 @@ func (c *comparison) compare(rec arena.Record) error {
 	for i := range rec.Pages {
 		page := rec.First + i
 		if page >= uint64(c.way.pages) || c.seen[page] {
-			return fmt.Errorf("page %d came twice or does not exist", page)
+			return fmt.Errorf("%w: page %d came twice or does not exist", errWrong, page)
 		}
 		c.seen[page] = true
 		got := zeroPage[:]
@@ -241,7 +252,7 @@ func (c *comparison) compare(rec arena.Record) error {
 			got = rec.Data[i*pageBytes:][:pageBytes]
 		}
 		if !bytes.Equal(got, c.want[page*pageBytes:][:pageBytes]) {
-			return fmt.Errorf("page %d is not what it was at the freeze", page)
+			return fmt.Errorf("%w: page %d is not what it was at the freeze", errWrong, page)
 		}
 		if rec.Origin != arena.ByFault {
 			continue
@@ -262,13 +273,13 @@ func (c *comparison) compare(rec arena.Record) error {
 func (c *comparison) whole() error {
 	c.mu.Lock()
 	defer c.mu.Unlock()
-	if c.stores < c.way.enoughStores || c.copies < c.way.enoughCopies {
-		return fmt.Errorf("too few pages came by the ring: %d that threads wrote, %d that the kernel wrote", c.stores, c.copies)
-	}
 	for page, seen := range c.seen {
 		if !seen {
-			return fmt.Errorf("page %d did not come", page)
+			return fmt.Errorf("%w: page %d did not come", errWrong, page)
 		}
+	}
+	if c.stores < c.way.enoughStores || c.copies < c.way.enoughCopies {
+		return fmt.Errorf("%w: %d that threads wrote, %d that the kernel wrote", errTooFew, c.stores, c.copies)
 	}
 	return nil
 }
