@@ -210,6 +210,9 @@ func descriptors(t testing.TB) int {
 // nothing is left.
 func TestSwapUnderLoad(t *testing.T) {
 	swaps, slots := 50, 5
+	if testing.Short() { // the race detector makes each program's start five times as long
+		swaps = 20
+	}
 	if n, err := strconv.Atoi(os.Getenv("CKAGENT_SWAPS")); err == nil {
 		swaps = n
 	}

@@ -80,6 +80,9 @@ func freeze(t *testing.T, a *agent) (func(int), func()) {
 // within a second, and nothing is left.
 func TestTakeOver(t *testing.T) {
 	phases := []string{"engaged", "half-stop", "stopped", "armed", "half-cont", "unread", "capturing", "resumed", "sigstopped"}
+	if testing.Short() { // for the race detector: with the VM stopped, armed, and running again
+		phases = []string{"stopped", "armed", "capturing"}
+	}
 	for _, h := range harms {
 		var longest time.Duration
 		for _, phase := range phases {

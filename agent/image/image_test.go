@@ -170,6 +170,15 @@ func checkImage(t testing.TB, r *Reader, ram [][]byte, state []byte) {
 	}
 }
 
+// codecs are those that a test is run with: in a short run, for the race detector, the
+// one that has most happen at once.
+func codecs() []string {
+	if testing.Short() {
+		return []string{"zstd"}
+	}
+	return []string{"none", "s2", "zstd"}
+}
+
 func TestRoundTrip(t *testing.T) {
 	for _, codec := range []string{"none", "s2", "zstd"} {
 		for _, lanes := range []int{1, 4} {

@@ -18,7 +18,7 @@ import (
 )
 
 func TestChain(t *testing.T) {
-	for _, codec := range []string{"none", "s2", "zstd"} {
+	for _, codec := range codecs() {
 		for _, dedup := range []bool{false, true} {
 			t.Run(fmt.Sprint(codec, dedup), func(t *testing.T) {
 				l := newLine(t, memfs.New(1<<30), "vm")
@@ -156,7 +156,7 @@ func TestKeysKeepApart(t *testing.T) {
 }
 
 func TestMerge(t *testing.T) {
-	for _, codec := range []string{"none", "zstd"} {
+	for _, codec := range codecs() {
 		t.Run(codec, func(t *testing.T) {
 			f := memfs.New(1 << 30)
 			l, other := newLine(t, f, "vm"), newLine(t, f, "other")

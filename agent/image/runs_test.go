@@ -35,7 +35,7 @@ func (f countingFile) WriteVec(bufs [][]byte, off int64) error {
 // TestWriteRuns: pages of several blocks in any order share a write, whatever the
 // codec, across the ends of segments, and none is lost or put in another's place.
 func TestWriteRuns(t *testing.T) {
-	for _, codec := range []string{"none", "s2", "zstd"} {
+	for _, codec := range codecs() {
 		t.Run(codec, func(t *testing.T) {
 			dir := t.TempDir()
 			fs := countingFS{writes: new(atomic.Int64)}

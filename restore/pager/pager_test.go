@@ -113,7 +113,10 @@ func rssPages(t *testing.T, pid int, hva, bytes uint64) int {
 // instants while threads read and write; several whole lives, so that the ends of
 // them are hit too.
 func TestSurvivesDeathsAndFreezes(t *testing.T) {
-	const wantKills, wantStops = 100, 6
+	wantKills, wantStops := 100, 6
+	if testing.Short() { // with the race detector each start takes several times as long
+		wantKills, wantStops = 30, 2
+	}
 	blocks := mixed(4096)
 	dir := writeTestImage(t, blocks, "none")
 	r := rand.New(rand.NewPCG(uint64(time.Now().UnixNano()), 3))
