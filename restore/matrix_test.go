@@ -19,7 +19,7 @@ import (
 // TestMatrix restores each kind of machine lazily and has its guest verify all its
 // memory. Whether the memory was really paged in is checked, not assumed.
 func TestMatrix(t *testing.T) {
-	small := vmtest.Config{MemoryMiB: 192, WSMiB: 8}
+	small := vmtest.Config{MemoryMiB: 192, WSMiB: 8, SweepMS: 500}
 	with := func(change func(c *vmtest.Config)) vmtest.Config {
 		c := small
 		change(&c)
@@ -50,14 +50,14 @@ func TestMatrixQEMU10(t *testing.T) {
 	}
 	for _, machine := range []string{"pc", "q35"} {
 		t.Run(machine, func(t *testing.T) {
-			restoreMachine(t, vmtest.Config{QEMU: q, Machine: machine, MemoryMiB: 192, WSMiB: 8})
+			restoreMachine(t, vmtest.Config{QEMU: q, Machine: machine, MemoryMiB: 192, WSMiB: 8, SweepMS: 500})
 		})
 	}
 	// A checkpoint of 7.2 on 10.0, as after an upgrade of the host: the manifest names
 	// the versioned machine type.
 	for _, machine := range []string{"pc", "q35"} {
 		t.Run("from 7.2 "+machine, func(t *testing.T) {
-			v := vmtest.Start(t, vmtest.Config{Machine: machine, MemoryMiB: 192, WSMiB: 8, VirtioDevices: 6})
+			v := vmtest.Start(t, vmtest.Config{Machine: machine, MemoryMiB: 192, WSMiB: 8, SweepMS: 500, VirtioDevices: 6})
 			v.WaitSweeps(t, 1)
 			st := testStore(t)
 			id := takeCheckpoint(t, v, st, nil)
@@ -69,7 +69,7 @@ func TestMatrixQEMU10(t *testing.T) {
 	}
 	// And back, where the older one knows the machine type.
 	t.Run("to 7.2", func(t *testing.T) {
-		v := vmtest.Start(t, vmtest.Config{QEMU: q, Machine: "pc-q35-7.2", MemoryMiB: 192, WSMiB: 8, VirtioDevices: 6})
+		v := vmtest.Start(t, vmtest.Config{QEMU: q, Machine: "pc-q35-7.2", MemoryMiB: 192, WSMiB: 8, SweepMS: 500, VirtioDevices: 6})
 		v.WaitSweeps(t, 1)
 		st := testStore(t)
 		id := takeCheckpoint(t, v, st, withoutFirmwarePath)

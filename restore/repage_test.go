@@ -14,7 +14,7 @@ import (
 // TestRepageAfterBothDied kills worker and supervisor of a detached restore at the
 // same instant: the guest waits for its memory until the paging is taken up by hand.
 func TestRepageAfterBothDied(t *testing.T) {
-	v := vmtest.Start(t, vmtest.Config{MemoryMiB: 192, WSMiB: 8})
+	v := vmtest.Start(t, vmtest.Config{MemoryMiB: 192, WSMiB: 8, SweepMS: 500})
 	v.WaitSweeps(t, 1)
 	st := testStore(t)
 	id := takeCheckpoint(t, v, st, nil)

@@ -82,7 +82,7 @@ func logPhases(t testing.TB, res *Result) {
 func itoa(n int) string { return strconv.Itoa(n) }
 
 func TestRestoreLazily(t *testing.T) {
-	v := vmtest.Start(t, vmtest.Config{MemoryMiB: 256, WSMiB: 64})
+	v := vmtest.Start(t, vmtest.Config{MemoryMiB: 256, WSMiB: 64, SweepMS: 500})
 	v.WaitSweeps(t, 1)
 	st := testStore(t)
 	id := takeCheckpoint(t, v, st, nil)

@@ -22,7 +22,7 @@ import (
 // TestDetachKeepsLease restores without waiting: the guest runs on, the pager
 // drains alone, and holds the checkpoint until it is done.
 func TestDetachKeepsLease(t *testing.T) {
-	v := vmtest.Start(t, vmtest.Config{MemoryMiB: 192, WSMiB: 8})
+	v := vmtest.Start(t, vmtest.Config{MemoryMiB: 192, WSMiB: 8, SweepMS: 500})
 	v.WaitSweeps(t, 1)
 	st := testStore(t)
 	id := takeCheckpoint(t, v, st, nil)
@@ -84,7 +84,7 @@ func leaseHolders(t *testing.T, st *store.Store, id string) []int {
 
 // TestInterruptedDrain ends the wait for the drain: the guest and its pager go on.
 func TestInterruptedDrain(t *testing.T) {
-	v := vmtest.Start(t, vmtest.Config{MemoryMiB: 192, WSMiB: 8})
+	v := vmtest.Start(t, vmtest.Config{MemoryMiB: 192, WSMiB: 8, SweepMS: 500})
 	v.WaitSweeps(t, 1)
 	st := testStore(t)
 	id := takeCheckpoint(t, v, st, nil)

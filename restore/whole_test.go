@@ -64,7 +64,7 @@ func differing(t *testing.T, res *Result, img interface {
 // TestEveryPage restores a machine lazily and eagerly without letting its guest
 // run, and compares every page of every block with the checkpoint.
 func TestEveryPage(t *testing.T) {
-	v := vmtest.Start(t, vmtest.Config{Machine: "q35", MemoryMiB: 192, WSMiB: 8, OVMF: true, Args: []string{"-vga", "std"}})
+	v := vmtest.Start(t, vmtest.Config{Machine: "q35", MemoryMiB: 192, WSMiB: 8, SweepMS: 500, OVMF: true, Args: []string{"-vga", "std"}})
 	v.WaitSweeps(t, 1)
 	st := testStore(t)
 	id := takeCheckpoint(t, v, st, nil)

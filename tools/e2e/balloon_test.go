@@ -23,7 +23,7 @@ func TestBalloon(t *testing.T) {
 	}{{"anonymous", "on", vmtest.Anonymous}, {"memfd", "off", vmtest.Memfd}} {
 		t.Run(backend.name, func(t *testing.T) {
 			x := newTool(t)
-			cfg := vmtest.Config{MemoryMiB: 256, WSMiB: 24, Rate: 2000, Control: true, Backend: backend.kind,
+			cfg := vmtest.Config{MemoryMiB: 256, WSMiB: 24, SweepMS: 500, Rate: 2000, Control: true, Backend: backend.kind,
 				Args: []string{"-device", "virtio-balloon-pci,free-page-reporting=" + backend.reports + ",deflate-on-oom=on"}}
 			v := vmtest.Start(t, cfg)
 			m := monitor(t, v.ControlPath())

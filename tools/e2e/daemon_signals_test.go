@@ -16,7 +16,7 @@ import (
 func TestDaemonSamplesDirtyRates(t *testing.T) {
 	h := newHost(t, "[signals]\ndirty_every = '4s'\n")
 	h.start(t)
-	v := vmtest.Start(t, vmtest.Config{Guest: vmtest.Mini, MemoryMiB: 32, WSMiB: 8, Rate: 500, Name: "rated"})
+	v := vmtest.Start(t, vmtest.Config{Guest: vmtest.Mini, MemoryMiB: 32, WSMiB: 8, Rate: 500, Idle: true, Name: "rated"})
 	v.WaitProgress(t, 50)
 	h.fails(t, exitRefused, []string{"--foreground"}, "attach", itoa(v.PID()), "--track")
 	h.json(t, &struct{}{}, "attach", itoa(v.PID()), "--interval", "1h")

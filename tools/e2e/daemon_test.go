@@ -117,7 +117,7 @@ func guests(t testing.TB, prefix string, n int) []*vmtest.VM {
 	t.Helper()
 	var list []*vmtest.VM
 	for i := range n {
-		v := vmtest.Start(t, vmtest.Config{Guest: vmtest.Mini, MemoryMiB: 32, WSMiB: 4, Rate: 500, Name: fmt.Sprintf("%s%d", prefix, i)})
+		v := vmtest.Start(t, vmtest.Config{Guest: vmtest.Mini, MemoryMiB: 32, WSMiB: 4, Rate: 500, Idle: true, Name: fmt.Sprintf("%s%d", prefix, i)})
 		list = append(list, v)
 	}
 	wantAlive(t, list)

@@ -30,7 +30,7 @@ func newCrypt(t *testing.T, args ...string) *crypt {
 	t.Helper()
 	c := &crypt{x: newTool(t)}
 	c.v = vmtest.Start(t, vmtest.Config{Name: fmt.Sprintf("%s-%d", strings.ToLower(t.Name()), os.Getpid()), Guest: vmtest.Mini,
-		MemoryMiB: 64, WSMiB: 8, Rate: 2000, Args: args})
+		MemoryMiB: 64, WSMiB: 8, SweepMS: 500, Rate: 2000, Idle: true, Args: args})
 	c.v.WaitProgress(t, 500)
 	c.older = c.x.checkpoint(t, c.v.PID())
 	c.v.WaitProgress(t, 500)

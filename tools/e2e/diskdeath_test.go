@@ -34,7 +34,7 @@ func newDiskBed(t *testing.T) diskBed {
 			t.Fatalf("%q: %v %s", args, err, out)
 		}
 	}
-	v := vmtest.Start(t, vmtest.Config{Guest: vmtest.Mini, MemoryMiB: 64, WSMiB: 4, Rate: 2000, Control: true,
+	v := vmtest.Start(t, vmtest.Config{Guest: vmtest.Mini, MemoryMiB: 64, WSMiB: 4, Rate: 2000, Idle: true, Control: true,
 		Args: []string{"-drive", "if=none,id=disk0,format=qcow2,file=" + image, "-device", "virtio-blk-pci,drive=disk0,id=v"}})
 	return diskBed{v, monitor(t, v.ControlPath()), image}
 }

@@ -72,7 +72,7 @@ func TestKindsOfDrives(t *testing.T) {
 	pattern := func(name string) int {
 		return 0x10 + slices.IndexFunc(drives, func(d drive) bool { return d.name == name })
 	}
-	v := vmtest.Start(t, vmtest.Config{Guest: vmtest.Mini, MemoryMiB: 64, WSMiB: 8, Rate: 2000, Control: true, Args: args})
+	v := vmtest.Start(t, vmtest.Config{Guest: vmtest.Mini, MemoryMiB: 64, WSMiB: 8, Rate: 2000, Idle: true, Control: true, Args: args})
 	control := monitor(t, v.ControlPath())
 	io := func(m *vmtest.Monitor, drive, command string) {
 		t.Helper()

@@ -112,8 +112,8 @@ func TestConsecutiveInTheKernel(t *testing.T) {
 		name string
 		cfg  vmtest.Config
 	}{
-		{"anonymous", vmtest.Config{MemoryMiB: 512, WSMiB: 256, Rate: 20000, VCPUs: 2}},
-		{"memfd", vmtest.Config{MemoryMiB: 256, WSMiB: 128, Rate: 20000, Backend: vmtest.Memfd}},
+		{"anonymous", vmtest.Config{MemoryMiB: 512, WSMiB: 256, Rate: 20000, SweepMS: 2000, VCPUs: 2}},
+		{"memfd", vmtest.Config{MemoryMiB: 256, WSMiB: 128, Rate: 20000, SweepMS: 1000, Backend: vmtest.Memfd}},
 	} {
 		t.Run(c.name, func(t *testing.T) {
 			x := newTool(t)

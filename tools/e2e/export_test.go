@@ -44,7 +44,7 @@ func TestExport(t *testing.T) {
 		vmtest.Skip(t, "short", "boots a guest")
 	}
 	x := newTool(t)
-	v := vmtest.Start(t, vmtest.Config{Machine: "q35", VCPUs: 2, MemoryMiB: 192, WSMiB: 16, Rate: 2000, Control: true,
+	v := vmtest.Start(t, vmtest.Config{Machine: "q35", VCPUs: 2, MemoryMiB: 192, WSMiB: 16, SweepMS: 500, Rate: 2000, Control: true,
 		Args: []string{"-device", "pcie-root-port,id=port0,chassis=1"}}) // saved before what was made earlier
 	v.WaitSweeps(t, 1)
 	m := monitor(t, v.ControlPath())

@@ -157,7 +157,7 @@ func TestSilentAgent(t *testing.T) {
 	x.wantNoProcess(t)
 	wantRunning(t, v)
 
-	m := vmtest.Start(t, vmtest.Config{Guest: vmtest.Mini, MemoryMiB: 64, WSMiB: 4, Rate: 2000, Args: []string{"-rtc", "base=utc,clock=vm"}})
+	m := vmtest.Start(t, vmtest.Config{Guest: vmtest.Mini, MemoryMiB: 64, WSMiB: 4, Rate: 2000, Idle: true, Args: []string{"-rtc", "base=utc,clock=vm"}})
 	x.fails(t, exitRefused, []string{"org.qemu.guest_agent.0"}, "checkpoint", itoa(m.PID()), "--store", x.store, "--freeze")
 	// Hooks, here where a checkpoint is quick.
 	x.fails(t, exitRefused, []string{"pre-hook", "not today"}, "checkpoint", itoa(m.PID()), "--store", x.store, "--pre-hook", "echo not today; exit 3")

@@ -34,7 +34,7 @@ func TestImport(t *testing.T) {
 		name, uri string
 		config    vmtest.Case
 	}{
-		{"qemu 7.2", "exec:cat > %s", vmtest.Case{Config: vmtest.Config{Machine: "pc", MemoryMiB: 192, WSMiB: 16, Rate: 20000, VirtioDevices: 6, Control: true}}},
+		{"qemu 7.2", "exec:cat > %s", vmtest.Case{Config: vmtest.Config{Machine: "pc", MemoryMiB: 192, WSMiB: 16, SweepMS: 500, Rate: 20000, VirtioDevices: 6, Control: true}}},
 		{"qemu 10", "file:%s", caseOf(t, "qemu10-q35")},
 	} {
 		t.Run(c.name, func(t *testing.T) {

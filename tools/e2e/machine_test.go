@@ -16,7 +16,7 @@ import (
 
 // small is a machine that boots quickly and keeps itself busy.
 func small() vmtest.Config {
-	return vmtest.Config{MemoryMiB: 192, WSMiB: 16, Rate: 2000}
+	return vmtest.Config{MemoryMiB: 192, WSMiB: 16, SweepMS: 500, Rate: 2000}
 }
 
 // monitor is the test's own QMP connection.

@@ -50,7 +50,7 @@ func (n *network) fdb(t *testing.T, args ...string) string {
 }
 
 func (n *network) guest(mac, tap string) vmtest.Config {
-	return vmtest.Config{Binary: n.qemu, Guest: vmtest.Mini, MemoryMiB: 64, WSMiB: 4, Rate: 2000, Args: []string{
+	return vmtest.Config{Binary: n.qemu, Guest: vmtest.Mini, MemoryMiB: 64, WSMiB: 4, Rate: 2000, Idle: true, Args: []string{
 		"-netdev", "tap,id=net0,ifname=" + tap + ",script=no,downscript=no", "-device", "virtio-net-pci,netdev=net0,romfile=,mac=" + mac}}
 }
 

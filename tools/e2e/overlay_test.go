@@ -122,7 +122,7 @@ func TestEncryptedDisk(t *testing.T) {
 			t.Fatal("qemu-img makes no encrypted image")
 		}
 	}
-	v := vmtest.Start(t, vmtest.Config{Guest: vmtest.Mini, MemoryMiB: 64, WSMiB: 8, Rate: 2000, Control: true,
+	v := vmtest.Start(t, vmtest.Config{Guest: vmtest.Mini, MemoryMiB: 64, WSMiB: 8, Rate: 2000, Idle: true, Control: true,
 		Args: []string{"-object", "secret,id=key0,data=open sesame", "-drive", "if=none,id=disk0,format=qcow2,encrypt.key-secret=key0,file=" + image,
 			"-device", "virtio-blk-pci,drive=disk0"}})
 	io := func(m *vmtest.Monitor, command string) {

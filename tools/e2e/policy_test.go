@@ -96,7 +96,7 @@ func TestPolicies(t *testing.T) {
 	x.fails(t, exitUsage, []string{"interval"}, "policy", "describe", "fixed", "--param", "interval=soon", "--policy-dir", dir)
 	x.fails(t, exitNoDaemon, nil, "status", "nobody", "--socket", filepath.Join(programs, "none"))
 
-	v := vmtest.Start(t, vmtest.Config{Guest: vmtest.Mini, MemoryMiB: 64, WSMiB: 8, Rate: 2000})
+	v := vmtest.Start(t, vmtest.Config{Guest: vmtest.Mini, MemoryMiB: 64, WSMiB: 8, Rate: 2000, Idle: true})
 	v.WaitProgress(t, 200)
 	pid := v.PID()
 	s := x.start(t, "attach", itoa(pid), "--store", x.store, "--policy", "fixed", "--param", "interval=300ms", "--policy-dir", dir, "--json")

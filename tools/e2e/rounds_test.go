@@ -213,7 +213,7 @@ func TestConsecutiveCheckpoints(t *testing.T) {
 		vmtest.Skip(t, "short", "takes and restores many checkpoints")
 	}
 	x := newTool(t)
-	v, ids := consecutive(t, x, vmtest.Config{MemoryMiB: 512, WSMiB: 256, Rate: 20000}, course{engine: "uffd", n: rounds(t), keep: 0})
+	v, ids := consecutive(t, x, vmtest.Config{MemoryMiB: 512, WSMiB: 256, Rate: 20000, SweepMS: 2000}, course{engine: "uffd", n: rounds(t), keep: 0})
 	if err := v.Crash(); err != nil {
 		t.Fatal(err)
 	}

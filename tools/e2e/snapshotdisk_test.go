@@ -13,7 +13,7 @@ import (
 // image is restored from a copy of that; without the image it is refused.
 func TestDisksInSnapshots(t *testing.T) {
 	x := newTool(t)
-	v := vmtest.Start(t, vmtest.Config{Guest: vmtest.Mini, MemoryMiB: 64, WSMiB: 2, Rate: 2000, Control: true,
+	v := vmtest.Start(t, vmtest.Config{Guest: vmtest.Mini, MemoryMiB: 64, WSMiB: 2, Rate: 2000, Idle: true, Control: true,
 		Disks: []vmtest.Disk{{Format: "qcow2", MiB: 8}}})
 	control := monitor(t, v.ControlPath())
 	io := func(m *vmtest.Monitor, command string) {

@@ -101,9 +101,11 @@ func awaitState(t testing.TB, m *vmtest.Monitor, want string) string {
 	return state(t, m)
 }
 
-// TestSilentMonitor: QEMU's answers do not come.
+// TestSilentMonitor: QEMU's answers do not come. Beside each other: most of it is
+// waiting, with limits far off.
 func TestSilentMonitor(t *testing.T) {
 	t.Run("no greeting", func(t *testing.T) {
+		t.Parallel()
 		x := newTool(t)
 		b := newBed(t)
 		path := filepath.Join(b.v.Dir(), "mute.sock")
@@ -120,6 +122,7 @@ func TestSilentMonitor(t *testing.T) {
 		x.wantOnly(t)
 	})
 	t.Run("somebody else has it", func(t *testing.T) {
+		t.Parallel()
 		x := newTool(t)
 		b := newBed(t)
 		_ = monitor(t, b.v.QMPPath()) // QEMU serves one client
@@ -132,6 +135,7 @@ func TestSilentMonitor(t *testing.T) {
 	})
 	for _, command := range []string{"query-status", "add-fd", "stop", "cont"} {
 		t.Run("no answer to "+command, func(t *testing.T) {
+			t.Parallel()
 			x := newTool(t)
 			b := newBed(t)
 			b.strike(command, vmtest.Drop)

@@ -55,12 +55,14 @@ type Config struct {
 	WSMiB    int // the guest's working set; none if 0
 	DirtyMiB int // the part of it that is rewritten; all if 0
 	Rate     int // pages written a second: 1000 if 0, or Unlimited
+	SweepMS  int // how long a verification of the whole working set takes: the guest's choice, two seconds or more, if 0
 
 	OVMF          bool // UEFI firmware in two pflash drives
 	VirtioDevices int  // that many virtio PCI devices of all kinds
 	Disks         []Disk
 	SQL           bool // a network card and an SQLite server on the disk (sqld): VM.SQLAddr
 	Echo          bool // a network card and a TCP echo server: VM.EchoAddr
+	Idle          bool // the mini guest halts when it has nothing to do, as others do; otherwise it spins. Not under KVM
 	BeatUS        int  // heartbeat of a spinning vCPU every so many µs: VM.Beats
 	Control       bool // a second QMP socket for the test itself: VM.ControlPath
 
@@ -229,6 +231,9 @@ func (c *Config) guestArgs(ctx context.Context, disk []string) ([]string, error)
 		}
 		if c.WSMiB > 0 {
 			words = append(words, fmt.Sprintf("GD_WS=%d GD_RATE=%d GD_DIRTY=%d", c.WSMiB, rate, c.DirtyMiB))
+			if n := c.sweepRate(); n > 0 {
+				words = append(words, fmt.Sprintf("GD_SWEEP=%d", n))
+			}
 		}
 		if c.Echo {
 			words = append(words, "GD_ECHO=7")
@@ -243,9 +248,23 @@ func (c *Config) guestArgs(ctx context.Context, disk []string) ([]string, error)
 			return nil, err
 		}
 		line := fmt.Sprintf("ws=%d rate=%d dirty=%d beat=%d %s", c.WSMiB, rate, c.DirtyMiB, c.BeatUS, c.Append)
+		if n := c.sweepRate(); n > 0 {
+			line += fmt.Sprintf(" sweep=%d", n)
+		}
+		if c.Idle {
+			line += " idle=1"
+		}
 		return []string{"-kernel", path, "-append", line}, nil
 	}
 	return nil, nil
+}
+
+// sweepRate is SweepMS in pages a second; 0: not set.
+func (c *Config) sweepRate() int {
+	if c.SweepMS == 0 {
+		return 0
+	}
+	return c.WSMiB << 20 / 4096 * 1000 / c.SweepMS
 }
 
 // virtioDevices are n devices of all kinds that need nothing from the host: no

@@ -46,7 +46,7 @@ func (c Case) Prepare(t testing.TB) Config {
 func Matrix() []Case {
 	linux := func(c Config) Config {
 		if c.WSMiB == 0 {
-			c.WSMiB, c.Rate = 32, 2000
+			c.WSMiB, c.Rate, c.SweepMS = 32, 2000, 500
 		}
 		return c
 	}
@@ -65,7 +65,7 @@ func Matrix() []Case {
 		{Name: "qemu10-pc", Config: linux(Config{Machine: "pc"}), need: needQEMU10},
 		{Name: "qemu10-q35", Config: linux(Config{Machine: "q35", VirtioDevices: 4}), need: needQEMU10},
 		{Name: "kvm-mini", Config: Config{Guest: Mini, Accel: "kvm", MemoryMiB: 64, WSMiB: 4, Rate: 400}, need: needKVM},
-		{Name: "tcg-mini", Config: Config{Guest: Mini, MemoryMiB: 64, WSMiB: 16, Rate: 4000}},
+		{Name: "tcg-mini", Config: Config{Guest: Mini, MemoryMiB: 64, WSMiB: 16, Rate: 4000, SweepMS: 500}},
 	}
 	return cases
 }

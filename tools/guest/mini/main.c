@@ -1,12 +1,14 @@
 // The mini guest: the Linux guest's working set and reports without a kernel,
-// for accelerators that run 32-bit code only. One loop, no interrupts, no
-// paging, time by the TSC calibrated on the PIT.
+// for accelerators that run 32-bit code only. One loop, no interrupts unless it
+// idles, no paging, time by the TSC calibrated on the PIT.
 //
 // Command line (after the file name): ws=MiB rate=pages/s (0: unlimited)
 // dirty=MiB sweep=pages/s words=n tick=ms report=ms beat=us
 // corrupt=word|stale|early|counter:<seconds>; the meaning is that of GD_<NAME>
 // of the Linux guest, and so are the lines on the console (COM1).
 // burst=<busy>:<quiet> writes for so many seconds and then does not, in turn.
+// idle=1 halts until the next 5 ms are over whenever there is nothing to do; without
+// it the guest spins, and sees how long it was not let run.
 // power=off|panic is what the power button does; without it, nothing. words is 16 if
 // not given: a KVM that emulates 32-bit code takes about a microsecond for each
 // instruction, and writing all 1024 words of a page milliseconds.
@@ -348,6 +350,35 @@ static void look(void) {
 	}
 }
 
+// ---- idling: the PIT's channel 0 ends a halt, by the first PIC -------------
+
+enum { PIC = 0x20, SECOND_PIC = 0xa0, TIMER_VECTOR = 32, PIT_HZ = 1193182, WAKE_HZ = 200 };
+
+void on_timer(void); // boot.S
+
+static void idle_init(void) {
+	static struct { u16 low, selector, type, high; } gates[TIMER_VECTOR + 1] __attribute__((aligned(8)));
+	static struct __attribute__((packed)) { u16 limit; u32 base; } idtr;
+	u32 at = (u32)on_timer;
+	gates[TIMER_VECTOR].low = (u16)at;
+	gates[TIMER_VECTOR].selector = 8;
+	gates[TIMER_VECTOR].type = 0x8e00; // present, interrupt gate
+	gates[TIMER_VECTOR].high = (u16)(at >> 16);
+	idtr.limit = sizeof gates - 1;
+	idtr.base = (u32)gates;
+	__asm__ volatile("lidt %0" : : "m"(idtr) : "memory");
+	static const u8 words[] = {TIMER_VECTOR, 4, 1, 0xfe}; // vectors, where the second is, 8086, only line 0
+	outb(PIC, 0x11);
+	for (u32 i = 0; i < sizeof words; i++)
+		outb(PIC + 1, words[i]);
+	outb(SECOND_PIC + 1, 0xff);
+	outb(0x43, 0x34); // channel 0, rate generator
+	outb(0x40, PIT_HZ / WAKE_HZ & 255);
+	outb(0x40, PIT_HZ / WAKE_HZ >> 8);
+}
+// sti lets interrupts in after the next instruction, which is in the halt already.
+static void halt(void) { __asm__ volatile("sti\n\thlt" : : : "memory"); }
+
 // ---- the power button: ACPI registers, where SeaBIOS puts them on pc and q35 --------
 
 enum { PM_STATUS = 0x600, PM_ENABLE = 0x602, PM_CONTROL = 0x604, PVPANIC = 0x505, BUTTON = 1 << 8, SLEEP = 1 << 13 };
@@ -432,6 +463,9 @@ void mini_main(u32 magic, const struct multiboot_info *info) {
 	field("mono_us", now_us());
 	end();
 
+	bool idle = arg("idle", 0);
+	if (idle)
+		idle_init();
 	const char *power = arg_text("power"), *burst = arg_text("burst");
 	if (power)
 		power_arm();
@@ -505,7 +539,11 @@ void mini_main(u32 magic, const struct multiboot_info *info) {
 			gap_at = now + 1000000;
 			last_look = rdtsc();
 		}
-		if (rate && wrote >= due)
-			__asm__ volatile("pause");
+		if (rate && wrote >= due) {
+			if (idle && (!groups || swept >= sweep_due))
+				halt();
+			else
+				__asm__ volatile("pause");
+		}
 	}
 }
