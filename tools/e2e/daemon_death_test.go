@@ -192,7 +192,9 @@ func (c *crowd) harmTaker(t *testing.T, step string, sig unix.Signal, said strin
 		t.Fatalf("process %d takes the checkpoint, and %d is its guardian", victim, guard)
 	}
 	seen, failed := "", before["k9"].GetCheckpoints()
-	for end := time.Now().Add(30 * time.Second); seen == "" && time.Now().Before(end); {
+	pace := time.NewTicker(lookEvery / 5) // a failure is forgotten with the next success
+	defer pace.Stop()
+	for end := time.Now().Add(30 * time.Second); seen == "" && time.Now().Before(end); <-pace.C {
 		s := status()["k9"]
 		if s.GetFailures() > 0 {
 			seen, failed = s.GetLastError(), s.GetCheckpoints()

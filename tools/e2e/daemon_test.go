@@ -19,6 +19,10 @@ const exitNoDaemon = 8
 
 func init() { codes[exitNoDaemon] = "no_daemon" }
 
+// lookEvery is how often a state is looked at that is waited for: a look is a process,
+// and one after the other they would take the processor from what is waited for.
+const lookEvery = 100 * time.Millisecond
+
 // host is a daemon with a configuration and a state of its own.
 type host struct {
 	t      testing.TB // whose processes they are: a part of a test ends before them
@@ -48,7 +52,9 @@ func (h *host) config() string { return filepath.Join(h.dir, "daemon.toml") }
 func (h *host) start(t testing.TB, more ...string) {
 	t.Helper()
 	h.d = h.x.start(h.t, append([]string{"daemon", "--config", h.config(), "--socket", h.socket}, more...)...)
-	for end := time.Now().Add(time.Minute); time.Now().Before(end); {
+	pace := time.NewTicker(lookEvery)
+	defer pace.Stop()
+	for end := time.Now().Add(time.Minute); time.Now().Before(end); <-pace.C {
 		if r := h.run(t, "vms", "--json"); r.code == exitOK {
 			return
 		}
@@ -103,7 +109,9 @@ func (h *host) vms(t testing.TB) map[string]statusView {
 func (h *host) wait(t testing.TB, what string, ok func(map[string]statusView) bool) map[string]statusView {
 	t.Helper()
 	var m map[string]statusView
-	for end := time.Now().Add(3 * time.Minute); time.Now().Before(end); { // the engine's self-test takes one of them on two busy processors
+	pace := time.NewTicker(lookEvery)
+	defer pace.Stop()
+	for end := time.Now().Add(3 * time.Minute); time.Now().Before(end); <-pace.C { // the engine's self-test takes one of them on two busy processors
 		if m = h.vms(t); ok(m) {
 			return m
 		}

@@ -32,18 +32,14 @@ type block struct {
 	HVA       uint64 `json:"hva"`
 }
 
-// covered are configurations all of whose parts others have as well: without
-// CKAGENT_E2E_LONG they are left out.
-var covered = map[string]string{"pc": "pc-2cpu", "q35": "q35-2cpu", "prealloc": "pc-2cpu and memfd", "qemu10-pc": "qemu10-q35"}
-
 // TestMatrix takes every configuration from explain to a restored guest.
 func TestMatrix(t *testing.T) {
 	if testing.Short() {
 		vmtest.Skip(t, "short", "boots every configuration")
 	}
 	for _, c := range vmtest.Matrix() {
-		if by, ok := covered[c.Name]; ok && os.Getenv("CKAGENT_E2E_LONG") == "" {
-			t.Logf("%s is covered by %s; CKAGENT_E2E_LONG=1 runs it", c.Name, by)
+		if c.CoveredBy != "" && os.Getenv("CKAGENT_E2E_LONG") == "" {
+			t.Logf("%s is covered by %s; CKAGENT_E2E_LONG=1 runs it", c.Name, c.CoveredBy)
 			continue
 		}
 		t.Run(c.Name, func(t *testing.T) {

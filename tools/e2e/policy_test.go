@@ -45,12 +45,13 @@ func (x *tool) status(t testing.TB, pid int) (s statusView) {
 	return s
 }
 
-// waitStatus waits until a VM's status is as wanted. Each look is a process, which is
-// pause enough between two of them.
+// waitStatus waits until a VM's status is as wanted.
 func (x *tool) waitStatus(t testing.TB, pid int, what string, ok func(statusView) bool) statusView {
 	t.Helper()
 	var s statusView
-	for end := time.Now().Add(time.Minute); time.Now().Before(end); {
+	pace := time.NewTicker(lookEvery)
+	defer pace.Stop()
+	for end := time.Now().Add(time.Minute); time.Now().Before(end); <-pace.C {
 		if r := x.run(t, "status", itoa(pid), "--json"); r.code == exitOK {
 			s = statusView{}
 			if err := oneObject(r.out, &s); err != nil {

@@ -14,7 +14,7 @@ here=$(cd "$(dirname "$0")" && pwd)
 . "$here/domain.sh"
 
 say "define and start"
-define_domain "GD_WS=16 GD_RATE=2000"
+define_domain "GD_WS=16 GD_RATE=2000 GD_SWEEP=8192"
 start_domain
 [ "$(stat -c %U "/proc/$PID")" = libvirt-qemu ] || die "QEMU runs as $(stat -c %U "/proc/$PID")"
 grep -q '^Seccomp:[[:space:]]*2' "/proc/$PID/status" || die "QEMU is not sandboxed"

@@ -18,6 +18,9 @@ type Case struct {
 	// StopOnly says that guest RAM cannot be write-protected there, so only mode
 	// stop works (private mappings of files on a disk file system).
 	StopOnly bool
+	// CoveredBy names the cases that together have all of its parts: whole rounds with a
+	// checkpoint leave it out but in long runs.
+	CoveredBy string
 	// need returns a reason to skip, with a stable id, or "".
 	need func(ctx context.Context, c *Config) (id, reason string, err error)
 }
@@ -51,18 +54,18 @@ func Matrix() []Case {
 		return c
 	}
 	cases := []Case{
-		{Name: "pc", Config: linux(Config{Machine: "pc"})},
-		{Name: "q35", Config: linux(Config{Machine: "q35"})},
+		{Name: "pc", Config: linux(Config{Machine: "pc"}), CoveredBy: "pc-2cpu"},
+		{Name: "q35", Config: linux(Config{Machine: "q35"}), CoveredBy: "q35-2cpu"},
 		{Name: "pc-2cpu", Config: linux(Config{Machine: "pc", VCPUs: 2, Append: "GD_AUDIT=1 GD_THREADS=2"})},
 		{Name: "q35-2cpu", Config: linux(Config{Machine: "q35", VCPUs: 2, Append: "GD_AUDIT=1"})},
 		{Name: "memfd", Config: linux(Config{Backend: Memfd})},
 		{Name: "file-tmpfs", Config: linux(Config{Backend: FileTmpfs})},
 		{Name: "file-ext4", Config: linux(Config{Backend: FileExt4}), StopOnly: true, need: needDiskFS},
-		{Name: "prealloc", Config: linux(Config{Backend: Prealloc})},
+		{Name: "prealloc", Config: linux(Config{Backend: Prealloc}), CoveredBy: "pc-2cpu and memfd"},
 		{Name: "ovmf", Config: linux(Config{Machine: "q35", OVMF: true})},
 		{Name: "virtio-12", Config: linux(Config{Machine: "q35", VirtioDevices: 12})},
 		{Name: "split-4g", Config: linux(Config{MemoryMiB: 5120})},
-		{Name: "qemu10-pc", Config: linux(Config{Machine: "pc"}), need: needQEMU10},
+		{Name: "qemu10-pc", Config: linux(Config{Machine: "pc"}), CoveredBy: "qemu10-q35", need: needQEMU10},
 		{Name: "qemu10-q35", Config: linux(Config{Machine: "q35", VirtioDevices: 4}), need: needQEMU10},
 		{Name: "kvm-mini", Config: Config{Guest: Mini, Accel: "kvm", MemoryMiB: 64, WSMiB: 4, Rate: 400}, need: needKVM},
 		{Name: "tcg-mini", Config: Config{Guest: Mini, MemoryMiB: 64, WSMiB: 16, Rate: 4000, SweepMS: 500}},
