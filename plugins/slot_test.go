@@ -163,7 +163,7 @@ func TestSignalsFromOutside(t *testing.T) {
 		if err := unix.Kill(s.Status().PID, sig); err != nil {
 			t.Fatal(err)
 		}
-		within(t, 5*time.Second, sig.String(), func() {
+		within(t, 10*time.Second, sig.String(), func() {
 			if st := <-changes; st.Generation != 0 || st.Trouble == nil || st.Wanted != "rogue" {
 				t.Errorf("%v: %+v", sig, st)
 			}

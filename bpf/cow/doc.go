@@ -31,7 +31,9 @@
 // programs found no page mapped at all.)
 //
 // A page that is not mapped at all is not copied: where it was marked, the kernel maps
-// it marked, and the write faults a second time. Not seen are pages pinned by other
+// it marked, and the write faults a second time; but if another thread maps it between
+// the look and the kernel's own, the first fault takes the mark off, and there is no
+// second. Not seen are pages pinned by other
 // means, writes of other processes (process_vm_writev), direct I/O to block devices,
 // pages that the fault itself fetches from swap, and whatever KVM writes by an address
 // of its own (kvmclock). Hence a record for each page is never assumed: the caller checks
