@@ -111,7 +111,7 @@ func (h *host) wait(t testing.TB, what string, ok func(map[string]statusView) bo
 	var m map[string]statusView
 	pace := time.NewTicker(lookEvery)
 	defer pace.Stop()
-	for end := time.Now().Add(3 * time.Minute); time.Now().Before(end); <-pace.C { // the engine's self-test takes one of them on two busy processors
+	for end := time.Now().Add(3 * time.Minute); time.Now().Before(end); <-pace.C {
 		if m = h.vms(t); ok(m) {
 			return m
 		}

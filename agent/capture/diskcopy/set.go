@@ -8,8 +8,6 @@ import (
 	"os"
 	"time"
 
-	"golang.org/x/sys/unix"
-
 	"github.com/ckagent/ckagent/agent/image"
 	"github.com/ckagent/ckagent/agent/problem"
 	"github.com/ckagent/ckagent/agent/qmp"
@@ -138,18 +136,6 @@ func (s *Set) Prepare(ctx context.Context) error {
 	return err
 }
 
-// addVolume makes the volume of a disk and lends it to QEMU.
-func (s *Set) addVolume(ctx context.Context, d *item, bytes uint64) (err error) {
-	backing := ""
-	if d.base != nil {
-		backing = d.base.chain[0].Name
-	}
-	if d.file, err = makeVolume(ctx, s.volumePath(d.volume), backing, bytes); err != nil {
-		return err
-	}
-	return s.lend(ctx, disk.TargetNode(d.n), disk.FdsetOpaque, d.file, nil, "io_uring", "threads")
-}
-
 // filtersEarly reports whether filters may be made before the pause, which is shorter
 // then. Not with I/O threads, which use the nodes meanwhile.
 func (s *Set) filtersEarly(ctx context.Context) (bool, error) {
@@ -189,8 +175,8 @@ func (s *Set) dropStaleBitmaps(ctx context.Context) error {
 }
 
 // lend makes a block node of a qcow2 file that QEMU gets as a descriptor: it needs no
-// right to the path. more are further options of the node, aio the ways to do its I/O,
-// the first of which this QEMU and its kernel have is taken; none: QEMU's own choice.
+// right to the path. more are further options of the node, aio a way to do its I/O that is
+// better than by threads, where this QEMU and its kernel have it.
 //
 // Volumes are written by io_uring: QEMU's pool of threads is the guest's as well, and
 // counts on a thread that has just been given something else to do. Behind writes to a
@@ -205,11 +191,9 @@ func (s *Set) lend(ctx context.Context, node, opaque string, f *os.File, more ma
 	file := map[string]any{"driver": "file", "filename": fmt.Sprintf("/dev/fdset/%d", set.ID), "locking": "off"}
 	options := map[string]any{"driver": "qcow2", "node-name": node, "backing": nil, "file": file}
 	maps.Copy(options, more)
-	err := error(nil)
-	for i := range max(len(aio), 1) {
-		if len(aio) > 0 {
-			file["aio"] = aio[i]
-		}
+	var err error
+	for _, way := range append(aio, "threads") { // which is what QEMU takes by itself
+		file["aio"] = way
 		if err = s.c.QMP.Execute(ctx, "blockdev-add", options, nil); err == nil {
 			return nil
 		}
@@ -314,40 +298,6 @@ func (s *Set) Start(ctx context.Context) (err error) {
 		}
 	}
 	return nil
-}
-
-// storeAnswers asks the store for each volume's size, as QEMU is about to: it would ask in
-// the thread that also serves the guest's devices, which a store that hangs would hold.
-func (s *Set) storeAnswers(ctx context.Context) error {
-	var files []*os.File
-	for _, d := range s.items {
-		if d.file != nil {
-			files = append(files, d.file)
-		}
-	}
-	answered := make(chan error, 1)
-	go func() { // ends when the store answers; who waits for it goes on without it
-		var errs []error
-		for _, f := range files {
-			var st unix.Statx_t
-			errs = append(errs, unix.Statx(int(f.Fd()), "", unix.AT_EMPTY_PATH|unix.AT_STATX_FORCE_SYNC, unix.STATX_SIZE, &st))
-		}
-		answered <- errors.Join(errs...)
-	}()
-	late := time.NewTimer(s.c.Stall)
-	defer late.Stop()
-	select {
-	case err := <-answered:
-		if err != nil {
-			return problem.New(problem.Store, "copy disks", "VM "+s.c.VM, "the store: %w", err)
-		}
-		return nil
-	case <-late.C:
-		return problem.New(problem.Store, "copy disks", "VM "+s.c.VM, "the store did not answer for %v", s.c.Stall).
-			WithHint("the store hangs; the checkpoint was given up and the VM goes on")
-	case <-ctx.Done():
-		return problem.New(problem.Cancelled, "copy disks", "VM "+s.c.VM, "%w", context.Cause(ctx))
-	}
 }
 
 // speed is the most to copy of a disk per second. QEMU counts zeros too, which cost

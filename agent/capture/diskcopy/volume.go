@@ -9,10 +9,12 @@ import (
 	"os/exec"
 	"path/filepath"
 	"strconv"
+	"time"
 
 	"golang.org/x/sys/unix"
 
 	"github.com/ckagent/ckagent/agent/problem"
+	"github.com/ckagent/ckagent/agent/vm/disk"
 )
 
 // makeVolume creates an empty qcow2 file. Its backing file, if any, lies beside it
@@ -71,3 +73,49 @@ func format(ctx context.Context, f *os.File, backing, backingFormat string, size
 
 // volumePath is where a volume lies.
 func (s *Set) volumePath(name string) string { return filepath.Join(s.dir, name) }
+
+// addVolume makes the volume of a disk and lends it to QEMU.
+func (s *Set) addVolume(ctx context.Context, d *item, bytes uint64) (err error) {
+	backing := ""
+	if d.base != nil {
+		backing = d.base.chain[0].Name
+	}
+	if d.file, err = makeVolume(ctx, s.volumePath(d.volume), backing, bytes); err != nil {
+		return err
+	}
+	return s.lend(ctx, disk.TargetNode(d.n), disk.FdsetOpaque, d.file, nil, "io_uring")
+}
+
+// storeAnswers asks the store for each volume's size, as QEMU is about to: it would ask in
+// the thread that also serves the guest's devices, which a store that hangs would hold.
+func (s *Set) storeAnswers(ctx context.Context) error {
+	var files []*os.File
+	for _, d := range s.items {
+		if d.file != nil {
+			files = append(files, d.file)
+		}
+	}
+	answered := make(chan error, 1)
+	go func() { // ends when the store answers; who waits for it goes on without it
+		var errs []error
+		for _, f := range files {
+			var st unix.Statx_t
+			errs = append(errs, unix.Statx(int(f.Fd()), "", unix.AT_EMPTY_PATH|unix.AT_STATX_FORCE_SYNC, unix.STATX_SIZE, &st))
+		}
+		answered <- errors.Join(errs...)
+	}()
+	late := time.NewTimer(s.c.Stall)
+	defer late.Stop()
+	select {
+	case err := <-answered:
+		if err != nil {
+			return problem.New(problem.Store, "copy disks", "VM "+s.c.VM, "the store: %w", err)
+		}
+		return nil
+	case <-late.C:
+		return problem.New(problem.Store, "copy disks", "VM "+s.c.VM, "the store did not answer for %v", s.c.Stall).
+			WithHint("the store hangs; the checkpoint was given up and the VM goes on")
+	case <-ctx.Done():
+		return problem.New(problem.Cancelled, "copy disks", "VM "+s.c.VM, "%w", context.Cause(ctx))
+	}
+}
