@@ -2,9 +2,13 @@ package qmp
 
 import (
 	"context"
+	"fmt"
 	"os"
 	"os/exec"
 	"path/filepath"
+	"slices"
+	"strconv"
+	"strings"
 	"testing"
 	"time"
 
@@ -71,52 +75,58 @@ func startQEMU(t *testing.T, dir, wait string, prepare func(*exec.Cmd), args ...
 			wait = filepath.Join(dir, wait)
 		}
 		awaitListening(t, cmd.Process.Pid, wait)
+		awaitMainLoop(t, cmd.Process.Pid)
 	}
 	return &qemuProcess{cmd, cmd.Process.Pid}
+}
+
+// await looks every few milliseconds until it sees what it is told to look for.
+func await(t testing.TB, what string, look func() bool) {
+	t.Helper()
+	tick := time.NewTicker(2 * time.Millisecond)
+	defer tick.Stop()
+	for deadline := time.After(15 * time.Second); !look(); {
+		select {
+		case <-tick.C:
+		case <-deadline:
+			t.Fatal("in vain: " + what)
+		}
+	}
 }
 
 // awaitCommandLine waits for the end of exec: the new program has no arguments yet
 // when its parent learns that it was found.
 func awaitCommandLine(t testing.TB, pid int) {
 	t.Helper()
-	tick := time.NewTicker(time.Millisecond)
-	defer tick.Stop()
-	for deadline := time.After(5 * time.Second); ; {
-		if b, err := readProc(pid, "cmdline"); err == nil && len(b) > 0 {
-			return
-		}
-		select {
-		case <-tick.C:
-		case <-deadline:
-			t.Fatalf("pid %d has no command line", pid)
-		}
-	}
+	await(t, fmt.Sprintf("a command line of pid %d", pid), func() bool {
+		b, err := readProc(pid, "cmdline")
+		return err == nil && len(b) > 0
+	})
 }
 
-// awaitListening polls with short connections to nobody: it looks at the
-// process's socket table only.
+// awaitListening looks at the process's socket table, without connecting.
 func awaitListening(t testing.TB, pid int, path string) {
 	t.Helper()
-	tick := time.NewTicker(2 * time.Millisecond)
-	defer tick.Stop()
-	deadline := time.After(15 * time.Second)
-	for {
+	await(t, "QEMU listens at "+path, func() bool {
 		table, _ := unixTable(pid)
-		for _, s := range table {
-			if s.listening && (s.path == path || filepath.Base(s.path) == filepath.Base(path)) {
-				if held, err := sockets(pid); err == nil {
-					if _, ok := held[s.inode]; ok {
-						return
-					}
-				}
-			}
-		}
-		select {
-		case <-tick.C:
-		case <-deadline:
-			t.Fatalf("QEMU does not listen at %s", path)
-		}
-	}
+		held, err := sockets(pid)
+		return err == nil && slices.ContainsFunc(table, func(s unixSocket) bool {
+			_, ours := held[s.inode]
+			return ours && s.listening && filepath.Base(s.path) == filepath.Base(path)
+		})
+	})
+}
+
+// awaitMainLoop waits until QEMU's main thread waits for events. Before that QEMU listens
+// already, but has not connected the monitor to the socket: whoever talks to it then finds
+// that QEMU 7.2 says nothing or ends, once in some hundred starts.
+func awaitMainLoop(t testing.TB, pid int) {
+	t.Helper()
+	await(t, "QEMU's main loop", func() bool {
+		b, err := readProc(pid, "syscall")
+		nr, _, _ := strings.Cut(string(b), " ")
+		return err == nil && nr == strconv.Itoa(unix.SYS_PPOLL)
+	})
 }
 
 func dial(t *testing.T, e Endpoint) *Client {
