@@ -73,7 +73,7 @@ func Take(ctx context.Context, o *taker.Order, lock *os.File, l *taker.Line) (re
 		return nil, errors.Join(err, share.Close())
 	}
 	v := &VM{Name: o.Name, pid: o.PID, lock: share, proc: proc,
-		opts: Options{QMP: o.QMP, LeaveDisksOut: o.LeaveDisksOut, Overlays: o.Overlays, Freeze: o.Freeze}}
+		opts: Options{QMP: o.QMP, LeaveDisksOut: o.LeaveDisksOut, Overlays: o.Overlays, Freeze: o.Freeze, Spare: capture.NewSpare(o.Capture)}}
 	v.witness = &witness{v: v, tell: l.Heard}
 	defer func() { err = errors.Join(err, v.Close()) }()
 	st, err := store.Open(o.Store)

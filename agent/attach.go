@@ -31,6 +31,10 @@ type Options struct {
 	// next one reads only what was written since (capture.Tracking).
 	Track bool
 
+	// Spare is started while the VM is looked at, for the checkpoint that follows; nil: no
+	// checkpoint will need it. It is the VM's from Attach on.
+	Spare *capture.Spare
+
 	Hooks  Hooks
 	Freeze time.Duration // freeze the guest's file systems for the pause, no longer than this; 0: do not
 
@@ -113,6 +117,9 @@ func (v *VM) open(ctx context.Context) error {
 		return nil
 	}
 	v.witness.pause() // it may have the monitor
+	if !v.opts.Apart {
+		v.opts.Spare.Start()
+	}
 	t, err := vm.Open(ctx, v.pid, vm.Options{QMP: v.opts.QMP})
 	if err != nil {
 		return err
@@ -198,7 +205,7 @@ func (v *VM) Checkpoint(ctx context.Context, st *store.Store, o capture.Options)
 	if o.Proofs == nil {
 		o.Proofs = proving.New(o.Helper)
 	}
-	o.Track = v.track
+	o.Track, o.Spare = v.track, v.opts.Spare
 	var res *capture.Result
 	missed, err := v.opts.Hooks.around(ctx, v, func() (id string, err error) {
 		res, err = capture.Take(ctx, capture.Subject{Target: v.target, Name: v.Name, Machine: v.machine, QEMU: v.qemu, Lock: v.lock.File()}, st, o)
@@ -243,5 +250,5 @@ func (v *VM) Close() error {
 	v.interlude.take()
 	err := v.disconnect()
 	v.witness.end()
-	return errors.Join(err, v.track.Close(), v.lock.Close(), v.proc.Close())
+	return errors.Join(err, v.opts.Spare.Close(), v.track.Close(), v.lock.Close(), v.proc.Close())
 }

@@ -80,5 +80,6 @@ func Planned(s *apipb.Spec) (Options, Protection, error) {
 	if p.Capture.Compress == "" {
 		p.Capture.Compress, p.Compressions = "none", anyCompression
 	}
+	o.Spare = capture.NewSpare(p.Capture)
 	return o, p, nil
 }

@@ -39,9 +39,9 @@ func startCOW(s *session, control *os.File) (*cow, error) {
 	}
 	throttled := s.mayThrottle()
 	scanPages := min(scanRingBytes/source.PageBytes, pages/3/scans)
+	self, args := faultServerCommand(s.o.Helper)
 	start := faultserver.Start{
-		Self: s.o.Helper[0], Args: append(s.o.Helper[1:len(s.o.Helper):len(s.o.Helper)], FaultServerVerb),
-		Control:        control,
+		Self: self, Args: args, Control: control,
 		FaultRingPages: (pages - scans*scanPages) / faults, ScanRingPages: scanPages,
 		Config: faultserver.Config{
 			QEMUPID: s.target.Process.PID, VCPUs: s.vcpus(), Blocks: s.blocks,
@@ -57,6 +57,7 @@ func startCOW(s *session, control *os.File) (*cow, error) {
 	if err := s.track(&start); err != nil {
 		return nil, err
 	}
+	start.Process = s.o.Spare.take()
 	srv, err := faultserver.New(start)
 	if err != nil {
 		return nil, problem.New(problem.Failed, "start the fault server", s.object, "%w", err)

@@ -72,6 +72,8 @@ type Options struct {
 	// Track, if not nil, has engine bpf leave its marks where they are, and read no more
 	// than was written since they were made if the next checkpoint continues this one.
 	Track *Tracking `json:"-"`
+	// Spare, if not nil, is where a fault server may be had that was started ahead.
+	Spare *Spare `json:"-"`
 
 	// MaxStall bounds how long a vCPU may wait for us. Default 100 ms.
 	MaxStall time.Duration

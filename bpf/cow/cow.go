@@ -9,6 +9,7 @@ import (
 	"math/bits"
 
 	"github.com/cilium/ebpf"
+	"github.com/cilium/ebpf/btf"
 	"github.com/cilium/ebpf/link"
 	"golang.org/x/sys/unix"
 
@@ -43,6 +44,9 @@ type Options struct {
 	// RingBytes is the size of the ring, a power of two from 1 MiB to 256 MiB. A
 	// record takes 4,120 bytes.
 	RingBytes int
+	// Types are the kernel's types; nil: they are read anew. That takes a processor some
+	// 20 ms, for which who waits for Load may not want to wait.
+	Types *btf.Cache
 }
 
 // Mode is what the programs do.
@@ -99,13 +103,16 @@ func Load(o Options) (*Programs, error) {
 	if err := o.fill(spec); err != nil {
 		return nil, load.Failed(object, "prepare", err)
 	}
+	if o.Types == nil {
+		o.Types = btf.NewCache()
+	}
 	p := &Programs{extra: map[string]*ebpf.Program{}, lacking: map[string]error{}}
 	core, options := spec, map[string]*ebpf.ProgramSpec{}
 	for point, name := range optional {
 		options[point] = spec.Programs[name]
 		delete(core.Programs, name)
 	}
-	if err := core.LoadAndAssign(&p.objs, nil); err != nil {
+	if err := core.LoadAndAssign(&p.objs, &ebpf.CollectionOptions{Cache: o.Types}); err != nil {
 		return nil, load.Failed(object, "load", err)
 	}
 	if err := p.share(o); err != nil {
@@ -115,7 +122,7 @@ func Load(o Options) (*Programs, error) {
 		if point == "kvm_page_fault" && len(o.Guest) == 0 {
 			continue
 		}
-		prog, err := p.loadExtra(spec, ps)
+		prog, err := p.loadExtra(spec, ps, o.Types)
 		if err != nil {
 			p.lacking[point] = load.Failed(object, "load "+ps.Name, err)
 			continue
@@ -163,11 +170,11 @@ func (o *Options) fill(spec *ebpf.CollectionSpec) error {
 func (r Range) words() uint64 { return (r.Bytes/PageBytes + 63) / 64 }
 
 // loadExtra loads a program that shares the maps of the others.
-func (p *Programs) loadExtra(spec *ebpf.CollectionSpec, ps *ebpf.ProgramSpec) (*ebpf.Program, error) {
+func (p *Programs) loadExtra(spec *ebpf.CollectionSpec, ps *ebpf.ProgramSpec, types *btf.Cache) (*ebpf.Program, error) {
 	one := spec.Copy()
 	clear(one.Programs)
 	one.Programs[ps.Name] = ps
-	coll, err := ebpf.NewCollectionWithOptions(one, ebpf.CollectionOptions{MapReplacements: map[string]*ebpf.Map{
+	coll, err := ebpf.NewCollectionWithOptions(one, ebpf.CollectionOptions{Cache: types, MapReplacements: map[string]*ebpf.Map{
 		"states": p.objs.States, "dirty": p.objs.Dirty, "captured": p.objs.Captured, "ring": p.objs.Ring}})
 	if err != nil {
 		return nil, err

@@ -6,16 +6,12 @@ import (
 	"errors"
 	"fmt"
 	"io"
-	"net"
 	"os"
-	"os/exec"
-	"syscall"
 	"time"
 
 	"golang.org/x/sys/unix"
 
 	"github.com/ckagent/ckagent/agent/capture/arena"
-	"github.com/ckagent/ckagent/agent/cgroup"
 )
 
 // Start says how to start a fault server.
@@ -24,6 +20,9 @@ type Start struct {
 	Args    []string // its arguments that lead to Main
 	Control *os.File // the control page
 	Config  Config
+	// Process, if not nil, is one that was launched ahead, by the same Self and Args.
+	// New takes it over whatever comes of it.
+	Process *Process
 	// Kept, with Config.Kept, is the userfaultfd under which the marks were left.
 	Kept *os.File
 	// Ring sizes in pages: one for each fault thread, then one for each scanner.
@@ -33,9 +32,7 @@ type Start struct {
 // Client is the agent's end of a fault server. Its methods are called by one
 // goroutine at a time.
 type Client struct {
-	cmd   *exec.Cmd
-	cfg   Config
-	conn  *net.UnixConn
+	proc  *Process
 	arena *arena.Arena
 	buf   []byte
 	stats Stats
@@ -53,8 +50,15 @@ const startPatience = 15 * time.Second
 // this command, and the guest stands still.
 const freezePatience = 5 * time.Second
 
-// New starts a fault server. Ready must be called next.
-func New(o Start) (*Client, error) {
+// New configures a fault server, and starts it if none was launched. It makes itself ready
+// by and by; Ready must be called next.
+func New(o Start) (_ *Client, err error) {
+	proc := o.Process
+	defer func() {
+		if err != nil && proc != nil {
+			err = errors.Join(err, proc.Close())
+		}
+	}()
 	if err := o.Config.validate(); err != nil {
 		return nil, err
 	}
@@ -65,73 +69,42 @@ func New(o Start) (*Client, error) {
 	for range o.Config.ScanThreads {
 		ringPages = append(ringPages, o.ScanRingPages)
 	}
-	a, arenaFile, err := arena.Create(ringPages)
+	a, file, err := arena.Create(ringPages)
 	if err != nil {
 		return nil, err
 	}
-	defer arenaFile.Close()
-	c := &Client{arena: a, buf: make([]byte, maxDatagram), freezeWithin: freezePatience}
-	peer, err := c.socketPair()
-	if err != nil {
-		return nil, errors.Join(err, a.Close())
-	}
-	defer peer.Close()
-
-	c.cfg = o.Config
-	c.cmd = exec.Command(o.Self, o.Args...)
-	c.cmd.ExtraFiles = []*os.File{peer, arenaFile, o.Control}
+	defer file.Close()
+	files := []*os.File{file, o.Control}
 	if o.Config.Kept {
-		c.cmd.ExtraFiles = append(c.cmd.ExtraFiles, o.Kept)
+		files = append(files, o.Kept)
 	}
-	c.cmd.Stderr = os.Stderr
-	// No collection, no preemption signals: a fault thread is left alone.
-	c.cmd.Env = []string{"GODEBUG=asyncpreemptoff=1", "PATH=/usr/sbin:/usr/bin:/sbin:/bin"}
-	// Its own session: closing a terminal or ^C is for the agent to handle.
-	c.cmd.SysProcAttr = &syscall.SysProcAttr{Setsid: true}
-	if err := c.cmd.Start(); err != nil {
-		return nil, errors.Join(fmt.Errorf("start the fault server: %w", err), c.conn.Close(), a.Close())
+	if proc != nil && proc.tell(o.Config, files...) != nil { // it has ended meanwhile
+		_ = proc.Close()
+		proc = nil
 	}
-	peer.Close() // or the end of the server would not end our reads
-	// Apart from the agent: who freezes or starves that must not hold the guest.
-	cgroup.Move(c.PID(), c.group())
-	return c, nil
+	if proc == nil {
+		if proc, err = Launch(o.Self, o.Args, o.Config.Engine); err == nil {
+			err = proc.tell(o.Config, files...)
+		}
+		if err != nil {
+			return nil, errors.Join(err, a.Close())
+		}
+	}
+	return &Client{proc: proc, arena: a, buf: make([]byte, maxDatagram), freezeWithin: freezePatience}, nil
 }
 
-// Ready configures the server and waits until it is ready to arm.
+// Ready waits until the server is ready to arm.
 func (c *Client) Ready(ctx context.Context) error {
 	// Nobody may be watching it: one that hangs here would hang us as well.
 	ctx, cancel := context.WithTimeout(ctx, startPatience)
 	defer cancel()
-	b, err := json.Marshal(c.cfg)
-	if err != nil {
-		return err
-	}
-	if _, err := c.conn.Write(b); err != nil {
-		return fmt.Errorf("configure the fault server: %w", err)
-	}
-	return c.receive(ctx)
+	err := c.receive(ctx)
+	c.proc.settle()
+	return err
 }
-
-func (c *Client) socketPair() (peer *os.File, err error) {
-	fds, err := unix.Socketpair(unix.AF_UNIX, unix.SOCK_SEQPACKET|unix.SOCK_CLOEXEC, 0)
-	if err != nil {
-		return nil, fmt.Errorf("socketpair: %w", err)
-	}
-	ours := os.NewFile(uintptr(fds[0]), "fault server")
-	defer ours.Close()
-	peer = os.NewFile(uintptr(fds[1]), "fault server peer")
-	conn, err := net.FileConn(ours)
-	if err != nil {
-		return nil, errors.Join(err, peer.Close())
-	}
-	c.conn = conn.(*net.UnixConn)
-	return peer, nil
-}
-
-func (c *Client) group() string { return fmt.Sprintf("faultserver-%d", c.PID()) }
 
 // PID is the fault server's process id.
-func (c *Client) PID() int { return c.cmd.Process.Pid }
+func (c *Client) PID() int { return c.proc.PID() }
 
 // Arena is where captured pages arrive.
 func (c *Client) Arena() *arena.Arena { return c.arena }
@@ -204,7 +177,7 @@ func (c *Client) send(o op) error {
 	if err != nil {
 		return err
 	}
-	if _, err := c.conn.Write(b); err != nil {
+	if _, err := c.proc.conn.Write(b); err != nil {
 		return fmt.Errorf("fault server: %s: %w", o, err)
 	}
 	return nil
@@ -214,12 +187,12 @@ func (c *Client) send(o op) error {
 // kernel has let go for it.
 func (c *Client) receive(ctx context.Context) error {
 	interrupted := make(chan error, 1)
-	stop := context.AfterFunc(ctx, func() { interrupted <- c.conn.SetReadDeadline(time.Unix(1, 0)) })
-	n, err := c.conn.Read(c.buf)
+	stop := context.AfterFunc(ctx, func() { interrupted <- c.proc.conn.SetReadDeadline(time.Unix(1, 0)) })
+	n, err := c.proc.conn.Read(c.buf)
 	if !stop() {
 		// The deadline was set or is being set: only then can it be taken back. A
 		// reply that came at the same moment is as good as any.
-		err = errors.Join(<-interrupted, c.conn.SetReadDeadline(time.Time{}), err)
+		err = errors.Join(<-interrupted, c.proc.conn.SetReadDeadline(time.Time{}), err)
 		if n == 0 {
 			return errors.Join(ctx.Err(), err)
 		}
@@ -247,12 +220,4 @@ func (c *Client) receive(ctx context.Context) error {
 // Close ends the server, which lets go if it has not, and frees the arena. The
 // consumers of its rings have ended. A server that does not end within a second
 // is killed: then the kernel lets go.
-func (c *Client) Close() error {
-	err := c.conn.Close()
-	kill := time.AfterFunc(time.Second, func() { _ = c.cmd.Process.Kill() })
-	// How it ended does not matter any more; that it ended does.
-	_ = c.cmd.Wait()
-	kill.Stop()
-	cgroup.Remove(c.group())
-	return errors.Join(err, c.arena.Close())
-}
+func (c *Client) Close() error { return errors.Join(c.proc.Close(), c.arena.Close()) }

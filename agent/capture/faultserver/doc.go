@@ -8,6 +8,12 @@
 // of ours; what follows describes it. With the kernel's (type kernelEngine) programs in
 // the kernel copy pages on the way, and nothing waits; it has the same life of a capture.
 //
+// # Life of the process
+//
+// It is launched knowing of no VM, gets ready for what the agent expects, and waits. Then
+// comes the configuration, with the files that belong to it, and one capture; after that it
+// ends. It ends as well when the agent's end of the socket is closed or the agent dies.
+//
 // # Life of a capture
 //
 //	idle      -> Prearm: take a userfaultfd from QEMU, register, arm everything

@@ -3,6 +3,8 @@ package faultserver
 import (
 	"fmt"
 
+	"github.com/cilium/ebpf/btf"
+
 	"github.com/ckagent/ckagent/uffd"
 )
 
@@ -42,12 +44,13 @@ const (
 	Kernel Engine = "bpf"
 )
 
-func newEngine(s *server) (engine, error) {
+// newEngine makes the engine that is configured; types are the kernel's, for Kernel.
+func newEngine(s *server, types *btf.Cache) (engine, error) {
 	switch s.cfg.Engine {
 	case "", Synchronous:
 		return newSyncEngine(s), nil
 	case Kernel:
-		return newKernelEngine(s)
+		return newKernelEngine(s, types)
 	}
 	return nil, fmt.Errorf("fault server: unknown engine %q", s.cfg.Engine)
 }

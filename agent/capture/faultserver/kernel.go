@@ -7,6 +7,7 @@ import (
 	"sync"
 	"sync/atomic"
 
+	"github.com/cilium/ebpf/btf"
 	"golang.org/x/sys/unix"
 
 	"github.com/ckagent/ckagent/agent/capture/arena"
@@ -48,7 +49,7 @@ type kernelEngine struct {
 
 const kernelFeatures = uffd.FeaturePagefaultFlagWP | uffd.FeatureWPHugetlbfsShmem | uffd.FeatureWPUnpopulated | uffd.FeatureWPAsync
 
-func newKernelEngine(s *server) (*kernelEngine, error) {
+func newKernelEngine(s *server, types *btf.Cache) (*kernelEngine, error) {
 	unsupported := func(format string, args ...any) error {
 		return &Error{Failure: Unsupported, Detail: fmt.Sprintf("engine bpf: "+format, args...)}
 	}
@@ -56,7 +57,7 @@ func newKernelEngine(s *server) (*kernelEngine, error) {
 		return nil, unsupported("%d blocks of RAM, at most %d", len(s.tables), cow.MaxRanges)
 	}
 	e := &kernelEngine{s: s, pidfd: -1}
-	o := cow.Options{RingBytes: s.cfg.RingBytes}
+	o := cow.Options{RingBytes: s.cfg.RingBytes, Types: types}
 	words := 0
 	for i, t := range s.tables {
 		if t.block.Kind == source.PrivateFile {

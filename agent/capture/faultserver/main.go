@@ -17,12 +17,15 @@ import (
 	"github.com/ckagent/ckagent/agent/heartbeat"
 )
 
-// Descriptors a fault server inherits.
+// socketFD is the descriptor that a fault server inherits. The others come with its
+// configuration, in this order.
+const socketFD = 3
+
 const (
-	socketFD = 3 + iota
-	arenaFD
-	controlFD
-	keptFD // with Config.Kept
+	arenaFile = iota
+	controlFile
+	keptFile // with Config.Kept
+	maxFiles
 )
 
 const (
@@ -60,7 +63,15 @@ func Main(d Deps) (err error) {
 		return err
 	}
 	defer conn.Close()
-	beat, err := d.OpenControl(os.NewFile(controlFD, "control"))
+	types, cfg, files, err := awaitConfig(conn)
+	if errors.Is(err, errNotNeeded) {
+		return nil
+	}
+	if err != nil {
+		return err
+	}
+	defer types.wait()
+	beat, err := d.OpenControl(files[controlFile])
 	if err != nil {
 		return err
 	}
@@ -69,7 +80,7 @@ func Main(d Deps) (err error) {
 		return err
 	}
 	defer func() { err = errors.Join(err, hb.Stop()) }()
-	a, err := arena.Open(os.NewFile(arenaFD, "arena"))
+	a, err := arena.Open(files[arenaFile])
 	if err != nil {
 		return err
 	}
@@ -83,16 +94,7 @@ func Main(d Deps) (err error) {
 		populated <- a.Populate()
 	}()
 	defer func() { err = errors.Join(err, <-populated) }()
-	var cfg Config
-	buf := make([]byte, maxDatagram)
-	n, err := conn.Read(buf)
-	if err != nil {
-		return fmt.Errorf("fault server: read the configuration: %w", err)
-	}
-	if err := json.Unmarshal(buf[:n], &cfg); err != nil {
-		return fmt.Errorf("fault server: configuration: %w", err)
-	}
-	s, err := newServer(cfg, a)
+	s, err := newServer(cfg, a, types.cache)
 	if err != nil {
 		return errors.Join(err, send(conn, nil, err))
 	}
@@ -101,7 +103,7 @@ func Main(d Deps) (err error) {
 	}
 	loop := &commandLoop{s: s, conn: conn, take: d.Take}
 	if cfg.Kept {
-		loop.take = func(int, []int) (*os.File, error) { return os.NewFile(keptFD, "userfaultfd"), nil }
+		loop.take = func(int, []int) (*os.File, error) { return files[keptFile], nil }
 	}
 	return errors.Join(loop.run(), s.close())
 }

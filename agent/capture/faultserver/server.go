@@ -7,6 +7,7 @@ import (
 	"sync/atomic"
 	"time"
 
+	"github.com/cilium/ebpf/btf"
 	"golang.org/x/sys/unix"
 
 	"github.com/ckagent/ckagent/agent/capture/arena"
@@ -48,7 +49,7 @@ type server struct {
 	froze time.Time
 }
 
-func newServer(cfg Config, a *arena.Arena) (*server, error) {
+func newServer(cfg Config, a *arena.Arena, types *btf.Cache) (*server, error) {
 	if err := cfg.validate(); err != nil {
 		return nil, err
 	}
@@ -72,7 +73,7 @@ func newServer(cfg Config, a *arena.Arena) (*server, error) {
 		pages += b.Pages
 	}
 	s.remaining.Store(int64(pages))
-	if s.engine, err = newEngine(s); err != nil {
+	if s.engine, err = newEngine(s, types); err != nil {
 		return nil, errors.Join(err, src.Close())
 	}
 	return s, nil

@@ -389,13 +389,13 @@ func TestAbortAndCancelLetGo(t *testing.T) {
 
 // A server that lives but does not answer must not hold the guest in its pause.
 func TestFreezeIsNotWaitedForForEver(t *testing.T) {
-	c := &Client{buf: make([]byte, maxDatagram), freezeWithin: 10 * time.Millisecond}
-	peer, err := c.socketPair()
+	c := &Client{proc: &Process{}, buf: make([]byte, maxDatagram), freezeWithin: 10 * time.Millisecond}
+	peer, err := c.proc.socketPair()
 	if err != nil {
 		t.Fatal(err)
 	}
 	defer peer.Close()
-	defer c.conn.Close()
+	defer c.proc.conn.Close()
 	if err := c.Freeze(t.Context()); FailureOf(err) != Silent {
 		t.Errorf("%v, want %s", err, Silent)
 	}
