@@ -11,7 +11,7 @@
 // stop_bytes: a process that writes faster than its copies are fetched is stopped by a
 // signal, which whoever reads the ring ends.
 
-#include "ckmm.h"
+#include "leaf.h"
 
 char LICENSE[] SEC("license") = "Dual BSD/GPL";
 
@@ -56,15 +56,6 @@ enum mode {
 	MODE_CAPTURE = 2, /* and copy them before */
 };
 
-/* How to look addresses up: where the topmost page table is, where the kernel maps
- * physical memory, and how many levels of tables there are, 4 or 5. */
-struct tables {
-	__u64 pgd;
-	__u64 direct_map;
-	__u32 levels;
-	__u32 pad;
-};
-
 /* Shared with the process that loaded the programs. Words that it writes and words
  * that the programs write lie on different cache lines. */
 struct state {
@@ -91,7 +82,7 @@ struct state {
 	__u64 odd_io;     /* direct I/O into memory described in a way not known here */
 	__u64 dropped;    /* because of drop */
 	/* nothing is lost by these */
-	__u64 absent;     /* nothing was mapped: what comes is marked again, and faults again */
+	__u64 absent;     /* nothing was mapped: what comes may be marked, and fault again */
 	__u64 unmarked;   /* somebody else's fault came first */
 	__u64 twice;      /* somebody else copied it at the same time */
 };
@@ -123,9 +114,24 @@ struct {
 	__type(value, __u64);
 } captured SEC(".maps");
 
-struct record {
+/* One bit for each page: where it is not mapped and bears its mark, it held zeros when
+ * it was marked, and does. */
+struct {
+	__uint(type, BPF_MAP_TYPE_ARRAY);
+	__uint(map_flags, BPF_F_MMAPABLE);
+	__uint(max_entries, 1);
+	__type(key, __u32);
+	__type(value, __u64);
+} blank SEC(".maps");
+
+/* Which page a record is of. One that ends here is of a page of zeros. */
+struct label {
 	__u64 page;
 	__u64 epoch;
+};
+
+struct record {
+	struct label of;
 	__u8 data[PAGE_BYTES];
 };
 
@@ -133,51 +139,6 @@ struct {
 	__uint(type, BPF_MAP_TYPE_RINGBUF);
 	__uint(max_entries, 4096);
 } ring SEC(".maps");
-
-struct leaf {
-	__u64 where; /* address of the entry */
-	__u64 entry;
-	__u64 content; /* address of the page's content */
-};
-
-/* find_leaf looks an address up in the page tables. It reports whether a page is
- * mapped there. A huge page that is just being split is one as well. */
-static __always_inline int find_leaf(const struct tables *t, __u64 address, struct leaf *l)
-{
-	__u64 table = t->pgd, e;
-
-	if (t->levels == 5) {
-		e = table_entry(table, address >> 48);
-		if (!(e & PTE_PRESENT))
-			return 0;
-		table = t->direct_map + (e & PTE_FRAME);
-	}
-	e = table_entry(table, address >> 39);
-	if (!(e & PTE_PRESENT))
-		return 0;
-	table = t->direct_map + (e & PTE_FRAME);
-	e = table_entry(table, address >> 30);
-	if (!(e & PTE_PRESENT) || e & PTE_HUGE)
-		return 0;
-	table = t->direct_map + (e & PTE_FRAME);
-	e = table_entry(table, address >> 21);
-	if (e & PTE_HUGE) {
-		l->where = table + (address >> 21 & 511) * 8;
-		l->entry = e;
-		l->content = t->direct_map + (entry_frame(e, PMD_FRAME) | (address & 0x1ff000));
-		return 1;
-	}
-	if (!(e & PTE_PRESENT))
-		return 0;
-	table = t->direct_map + (e & PTE_FRAME);
-	e = table_entry(table, address >> 12);
-	if (!(e & (PTE_PRESENT | PTE_PROTNONE)))
-		return 0;
-	l->where = table + (address >> 12 & 511) * 8;
-	l->entry = e;
-	l->content = t->direct_map + entry_frame(e, PTE_FRAME);
-	return 1;
-}
 
 /* press_back stops a process that is too fast. The signal takes effect before the
  * thread returns to what it was about to write. */
@@ -194,6 +155,47 @@ static __always_inline void press_back(struct state *s)
 	__sync_fetch_and_add(&s->stops, 1);
 }
 
+/* finish hands the record of a page on, unless somebody else has done so since. word and
+ * bit are the page's among those that are captured. */
+static __always_inline void finish(struct state *s, struct label *r, __u64 page, __u64 *word, __u64 bit)
+{
+	r->page = page;
+	r->epoch = s->epoch;
+	if (__sync_fetch_and_or(word, bit) & bit) {
+		__sync_fetch_and_add(&s->twice, 1);
+		goto discard;
+	}
+	if (s->drop && __sync_fetch_and_sub(&s->drop, 1) == 1) {
+		__sync_fetch_and_add(&s->dropped, 1);
+		goto discard;
+	}
+	bpf_ringbuf_submit(r, BPF_RB_NO_WAKEUP);
+	press_back(s);
+	return;
+discard:
+	bpf_ringbuf_discard(r, BPF_RB_NO_WAKEUP);
+}
+
+/* claim makes the record of a page that nobody has touched since it was marked, if this
+ * is one. It cannot be left to the fault that follows when the kernel has mapped the
+ * page: another thread may be first to map it, and then this one's fault finds it mapped,
+ * takes the mark off, and there is none. */
+static __always_inline void claim(struct state *s, const struct leaf *l, __u64 page, __u64 *word, __u64 bit)
+{
+	__u32 index = page >> 6;
+	__u64 *known = bpf_map_lookup_elem(&blank, &index);
+	if (l->entry != PTE_MARKED_ABSENT || !known || !(*known & bit)) {
+		__sync_fetch_and_add(&s->absent, 1);
+		return;
+	}
+	struct label *r = bpf_ringbuf_reserve(&ring, sizeof(*r), 0);
+	if (!r) {
+		__sync_fetch_and_add(&s->full, 1);
+		return;
+	}
+	finish(s, r, page, word, bit);
+}
+
 #define LOOKS 4
 
 /* capture copies a page that is about to be written. */
@@ -206,7 +208,7 @@ static __always_inline void capture(struct state *s, __u64 page, __u64 address)
 		return;
 	struct leaf l = {};
 	if (!find_leaf(&s->tables, address, &l)) {
-		__sync_fetch_and_add(&s->absent, 1);
+		claim(s, &l, page, word, bit);
 		return;
 	}
 	if (!(l.entry & PTE_UFFD_WP)) {
@@ -225,8 +227,10 @@ static __always_inline void capture(struct state *s, __u64 page, __u64 address)
 		}
 		__u64 again = 0;
 		bpf_probe_read_kernel(&again, sizeof(again), (void *)l.where);
-		if (!((again ^ l.entry) & PTE_IDENTITY))
-			goto copied;
+		if (!((again ^ l.entry) & PTE_IDENTITY)) {
+			finish(s, &r->of, page, word, bit);
+			return;
+		}
 		/* Split, moved, or written: look anew. */
 		if (!find_leaf(&s->tables, address, &l)) {
 			__sync_fetch_and_add(&s->absent, 1);
@@ -240,20 +244,6 @@ static __always_inline void capture(struct state *s, __u64 page, __u64 address)
 	__sync_fetch_and_add(&s->changing, 1);
 discard:
 	bpf_ringbuf_discard(r, BPF_RB_NO_WAKEUP);
-	return;
-copied:
-	r->page = page;
-	r->epoch = s->epoch;
-	if (__sync_fetch_and_or(word, bit) & bit) {
-		__sync_fetch_and_add(&s->twice, 1);
-		goto discard;
-	}
-	if (s->drop && __sync_fetch_and_sub(&s->drop, 1) == 1) {
-		__sync_fetch_and_add(&s->dropped, 1);
-		goto discard;
-	}
-	bpf_ringbuf_submit(r, BPF_RB_NO_WAKEUP);
-	press_back(s);
 }
 
 /* touch is told of an address of the process that is about to be written. */
@@ -406,89 +396,4 @@ int on_guest_fault(__u64 *args)
 	return 0;
 }
 
-#define KNOWN_WORDS 4
-
-struct prepare_args {
-	__u32 fd; /* a userfaultfd of the caller's */
-	__u32 pad;
-	__u64 page; /* address of a page of the caller's */
-	__u64 known[KNOWN_WORDS]; /* what it begins with; nothing else in memory does */
-};
-
-struct search {
-	struct tables tables; /* of the caller; direct_map is the guess */
-	__u64 top; /* guesses go down from here */
-	__u64 page;
-	__u64 known[KNOWN_WORDS];
-	__u32 found;
-	__u32 pad;
-};
-
-/* fits reports whether a guess at the direct map leads to what the known page holds.
- * That the tables lead to something is not enough: seen from a wrong base, whatever
- * lies in memory is taken for tables, and now and then it looks like some. */
-static __always_inline int fits(struct search *f, __u64 base, __u32 levels)
-{
-	struct leaf l = {};
-	__u64 content[KNOWN_WORDS] = {};
-	f->tables.direct_map = base;
-	f->tables.levels = levels;
-	if (!find_leaf(&f->tables, f->page, &l))
-		return 0;
-	if (bpf_probe_read_kernel(content, sizeof(content), (void *)l.content))
-		return 0;
-	for (int i = 0; i < KNOWN_WORDS; i++)
-		if (content[i] != f->known[i])
-			return 0;
-	return 1;
-}
-
-static int try_base(__u32 i, struct search *f)
-{
-	__u64 base = f->top - ((__u64)i << 30);
-	f->found = fits(f, base, 4) || fits(f, base, 5);
-	return f->found;
-}
-
-/* The direct map begins at a multiple of 1 GiB, wherever the kernel was placed, and
- * holds the topmost page table: it is at most as far below that as there is memory. */
-#define MAX_MEMORY_GIB (16 << 10)
-
-/* prepare learns whose memory a userfaultfd protects, where its page tables are, and
- * where the kernel maps physical memory. Its answer is 0, or which step failed. */
-SEC("syscall")
-int prepare(struct prepare_args *args)
-{
-	__u32 zero = 0;
-	struct state *s = bpf_map_lookup_elem(&states, &zero);
-	if (!s)
-		return 1;
-	struct task_struct *task = bpf_get_current_task_btf();
-	__u64 files = (__u64)task->files, fdt = 0, fds = 0, file = 0, context = 0, mm = 0, pgd = 0;
-	bpf_probe_read_kernel(&fdt, sizeof(fdt), &((struct files_struct *)files)->fdt);
-	bpf_probe_read_kernel(&fds, sizeof(fds), &((struct fdtable *)fdt)->fd);
-	bpf_probe_read_kernel(&file, sizeof(file), (void *)(fds + (__u64)args->fd * 8));
-	if (!file)
-		return 2;
-	bpf_probe_read_kernel(&context, sizeof(context), &((struct file___mm *)file)->private_data);
-	bpf_probe_read_kernel(&mm, sizeof(mm), &((struct userfaultfd_ctx___mm *)context)->mm);
-	bpf_probe_read_kernel(&pgd, sizeof(pgd), &((struct mm_struct___mm *)mm)->pgd);
-	if (!mm || !pgd)
-		return 3;
-	struct search f = { .page = args->page };
-	for (int i = 0; i < KNOWN_WORDS; i++)
-		f.known[i] = args->known[i];
-	__u64 own = (__u64)task->mm;
-	bpf_probe_read_kernel(&f.tables.pgd, sizeof(f.tables.pgd), &((struct mm_struct___mm *)own)->pgd);
-	if (!f.tables.pgd)
-		return 4;
-	f.top = f.tables.pgd & ~((1ull << 30) - 1);
-	bpf_loop(MAX_MEMORY_GIB, try_base, &f, 0);
-	if (!f.found)
-		return 5;
-	s->mm = mm;
-	s->tables.pgd = pgd;
-	s->tables.direct_map = f.tables.direct_map;
-	s->tables.levels = f.tables.levels;
-	return 0;
-}
+#include "prepare.h"

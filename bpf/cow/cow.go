@@ -42,7 +42,7 @@ type Options struct {
 	// Guest is for VMs under KVM; nil: its faults are not looked at.
 	Guest []GuestRange
 	// RingBytes is the size of the ring, a power of two from 1 MiB to 256 MiB. A
-	// record takes 4,120 bytes.
+	// record takes 4,120 bytes, one of a page of zeros that nobody had touched 24.
 	RingBytes int
 	// Types are the kernel's types; nil: they are read anew. That takes a processor some
 	// 20 ms, for which who waits for Load may not want to wait.
@@ -68,6 +68,7 @@ type Programs struct {
 		States        *ebpf.Map     `ebpf:"states"`
 		Dirty         *ebpf.Map     `ebpf:"dirty"`
 		Captured      *ebpf.Map     `ebpf:"captured"`
+		Blank         *ebpf.Map     `ebpf:"blank"`
 		Ring          *ebpf.Map     `ebpf:"ring"`
 	}
 	// extra are the programs that not every kernel takes, by tracepoint.
@@ -80,6 +81,7 @@ type Programs struct {
 	state    *objectsState
 	dirty    *mapped.Words
 	captured *mapped.Words
+	blank    *mapped.Words
 }
 
 // tracepoints that may be missing, and their programs.
@@ -160,7 +162,9 @@ func (o *Options) fill(spec *ebpf.CollectionSpec) error {
 		guest[i] = objectsGuestRange{Start: g.Start, Bytes: g.Bytes, Host: g.Host}
 	}
 	spec.Maps["ring"].MaxEntries = uint32(o.RingBytes)
-	spec.Maps["dirty"].MaxEntries, spec.Maps["captured"].MaxEntries = uint32(words), uint32(words)
+	for _, name := range []string{"dirty", "captured", "blank"} {
+		spec.Maps[name].MaxEntries = uint32(words)
+	}
 	return errors.Join(
 		spec.Variables["ranges"].Set(ranges), spec.Variables["range_count"].Set(uint32(len(o.Ranges))),
 		spec.Variables["guest_ranges"].Set(guest), spec.Variables["guest_range_count"].Set(uint32(len(o.Guest))))
@@ -175,7 +179,7 @@ func (p *Programs) loadExtra(spec *ebpf.CollectionSpec, ps *ebpf.ProgramSpec, ty
 	clear(one.Programs)
 	one.Programs[ps.Name] = ps
 	coll, err := ebpf.NewCollectionWithOptions(one, ebpf.CollectionOptions{Cache: types, MapReplacements: map[string]*ebpf.Map{
-		"states": p.objs.States, "dirty": p.objs.Dirty, "captured": p.objs.Captured, "ring": p.objs.Ring}})
+		"states": p.objs.States, "dirty": p.objs.Dirty, "captured": p.objs.Captured, "blank": p.objs.Blank, "ring": p.objs.Ring}})
 	if err != nil {
 		return nil, err
 	}
@@ -193,11 +197,10 @@ func (p *Programs) share(o Options) (err error) {
 		return err
 	}
 	p.state = stateOf(p.raw)
-	if p.dirty, err = mapped.MapWords(p.objs.Dirty.FD(), words); err != nil {
-		return err
-	}
-	if p.captured, err = mapped.MapWords(p.objs.Captured.FD(), words); err != nil {
-		return err
+	for at, m := range map[**mapped.Words]*ebpf.Map{&p.dirty: p.objs.Dirty, &p.captured: p.objs.Captured, &p.blank: p.objs.Blank} {
+		if *at, err = mapped.MapWords(m.FD(), words); err != nil {
+			return err
+		}
 	}
 	p.ring, err = newReader(p.objs.Ring.FD(), o.RingBytes)
 	return err
@@ -298,6 +301,11 @@ func (p *Programs) Dirty() *mapped.Words { return p.dirty }
 // they have copied, the caller those that it has by other means.
 func (p *Programs) Captured() *mapped.Words { return p.captured }
 
+// Blank are the pages that held zeros at the arm if they bear their mark and nothing is
+// mapped there. The caller says so: of anonymous memory that is every page, of shared
+// memory what its file has no page of. Such a page gets a record as soon as it is touched.
+func (p *Programs) Blank() *mapped.Words { return p.blank }
+
 // Detach ends the watching, whatever else is still in use.
 func (p *Programs) Detach() error {
 	var errs []error
@@ -317,7 +325,7 @@ func (p *Programs) Close() error {
 	if p.ring != nil {
 		errs = append(errs, p.ring.close())
 	}
-	for _, w := range []*mapped.Words{p.dirty, p.captured} {
+	for _, w := range []*mapped.Words{p.dirty, p.captured, p.blank} {
 		if w != nil {
 			errs = append(errs, w.Close())
 		}
@@ -329,7 +337,7 @@ func (p *Programs) Close() error {
 	for _, prog := range p.extra {
 		errs = append(errs, prog.Close())
 	}
-	for _, o := range []io.Closer{p.objs.OnUserFault, p.objs.OnKernelFault, p.objs.Prepare, p.objs.States, p.objs.Dirty, p.objs.Captured, p.objs.Ring} {
+	for _, o := range []io.Closer{p.objs.OnUserFault, p.objs.OnKernelFault, p.objs.Prepare, p.objs.States, p.objs.Dirty, p.objs.Captured, p.objs.Blank, p.objs.Ring} {
 		errs = append(errs, o.Close())
 	}
 	return errors.Join(errs...)

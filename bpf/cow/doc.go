@@ -14,7 +14,7 @@
 // looked up anew; one without the mark was written already, and whoever did so has
 // passed here before.
 //
-// # What is seen, and what is not
+// # What is seen
 //
 //   - Stores of the process's threads: page_fault_user.
 //   - Copies by the kernel in the process's name or in a kernel thread's that has taken
@@ -30,14 +30,29 @@
 // for tables. A search that asked for no more than that was wrong now and then, and its
 // programs found no page mapped at all.)
 //
-// A page that is not mapped at all is not copied: where it was marked, the kernel maps
-// it marked, and the write faults a second time; but if another thread maps it between
-// the look and the kernel's own, the first fault takes the mark off, and there is no
-// second. Not seen are pages pinned by other
-// means, writes of other processes (process_vm_writev), direct I/O to block devices,
-// pages that the fault itself fetches from swap, and whatever KVM writes by an address
-// of its own (kvmclock). Hence a record for each page is never assumed: the caller checks
-// which pages lost their mark (uffd/pagemap) and that each of them has its record.
+// # Pages that are not mapped
+//
+// Where nothing is mapped at the arm, the mark is an entry of its own. The kernel maps
+// the page marked, and the write faults a second time: but if another thread maps it
+// between the look of a program and the kernel's own, the first fault takes the mark off,
+// and there is no second. (Direct I/O and a guest's fault under KVM pass here once in any
+// case.) So the record is made at the first look. It has no content: the entry is proof
+// enough that nobody has touched the page since the arm. A page that is discarded or
+// swapped out has another, or none; of anonymous memory, that is, so it is the caller who
+// says of which pages that mark means zeros (Blank). Two threads may both make a record,
+// and a third copy what the kernel has mapped meanwhile: it is zeros for all of them, and
+// the first to set the page's bit in Captured hands his on.
+//
+// What is left to the second fault is a page of shared memory that its file has and the
+// process does not map, and a page that is just being moved.
+//
+// # What is not seen
+//
+// Pages pinned by other means, writes of other processes (process_vm_writev), direct I/O
+// to block devices, pages that the fault itself fetches from swap, and whatever KVM writes
+// by an address of its own (kvmclock). Hence a record for each page is never assumed: the
+// caller checks which pages lost their mark (uffd/pagemap) and that each of them has its
+// record.
 //
 // # Life cycle
 //

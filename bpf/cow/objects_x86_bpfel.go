@@ -69,6 +69,7 @@ type objectsState struct {
 //
 // Used for safe lookups in a Collection or CollectionSpec.
 const (
+	objectsMapBlank           = "blank"
 	objectsMapCaptured        = "captured"
 	objectsMapDirty           = "dirty"
 	objectsMapRing            = "ring"
@@ -137,6 +138,7 @@ type objectsProgramSpecs struct {
 //
 // It can be passed ebpf.CollectionSpec.Assign.
 type objectsMapSpecs struct {
+	Blank    *ebpf.MapSpec `ebpf:"blank"`
 	Captured *ebpf.MapSpec `ebpf:"captured"`
 	Dirty    *ebpf.MapSpec `ebpf:"dirty"`
 	Ring     *ebpf.MapSpec `ebpf:"ring"`
@@ -173,6 +175,7 @@ func (o *objectsObjects) Close() error {
 //
 // It can be passed to loadObjectsObjects or ebpf.CollectionSpec.LoadAndAssign.
 type objectsMaps struct {
+	Blank    *ebpf.Map `ebpf:"blank"`
 	Captured *ebpf.Map `ebpf:"captured"`
 	Dirty    *ebpf.Map `ebpf:"dirty"`
 	Ring     *ebpf.Map `ebpf:"ring"`
@@ -181,6 +184,7 @@ type objectsMaps struct {
 
 func (m *objectsMaps) Close() error {
 	return _ObjectsClose(
+		m.Blank,
 		m.Captured,
 		m.Dirty,
 		m.Ring,

@@ -30,10 +30,12 @@ const (
 	recordDiscard = 1 << 30
 )
 
-// record is struct record of cow.bpf.c.
+// label and record are the structures of cow.bpf.c.
+type label struct{ page, epoch uint64 }
+
 type record struct {
-	page, epoch uint64
-	data        [PageBytes]byte
+	of   label
+	data [PageBytes]byte
 }
 
 func newReader(fd, bytes int) (*reader, error) {
@@ -58,7 +60,7 @@ func (r *reader) close() error {
 }
 
 // Record is a page as it was before it was written. Data lies in the ring until
-// Advance.
+// Advance; it is nil if nobody had touched the page: it held zeros.
 type Record struct {
 	Page  uint64
 	Epoch uint64
@@ -80,8 +82,13 @@ func (p *Programs) Next() (Record, bool) {
 			p.Advance()
 			continue
 		}
-		o := (*record)(unsafe.Pointer(&r.data[r.at&r.mask+recordHeader]))
-		return Record{Page: o.page, Epoch: o.epoch, Data: o.data[:]}, true
+		at := unsafe.Pointer(&r.data[r.at&r.mask+recordHeader])
+		of := (*label)(at)
+		rec := Record{Page: of.page, Epoch: of.epoch}
+		if length > uint64(unsafe.Sizeof(*of)) {
+			rec.Data = (*record)(at).data[:]
+		}
+		return rec, true
 	}
 	return Record{}, false
 }

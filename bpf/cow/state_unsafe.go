@@ -45,7 +45,7 @@ type Losses struct {
 	OddIO      uint64 // direct I/O described in a way the program does not know
 	Dropped    uint64 // by DropRecord
 	// Nothing is lost by these.
-	Absent   uint64 // not mapped at that moment
+	Absent   uint64 // not mapped at that moment, and not known to be zeros
 	Unmarked uint64 // somebody else's write came first
 	Twice    uint64 // somebody else copied it at the same time
 	Stops    uint64 // times the process was stopped

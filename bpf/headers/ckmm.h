@@ -57,6 +57,12 @@ enum { /* iov_iter.iter_type */
  * processor's own bits (accessed, dirty) may. */
 #define PTE_IDENTITY (PTE_PRESENT | PTE_WRITE | PTE_PROTNONE | PTE_HUGE | PTE_UFFD_WP | PTE_FRAME)
 
+/* A mark where nothing is mapped, at the lowest level: an entry as of a page on swap, of
+ * the last of the 32 types, which no swap file has (SWP_PTE_MARKER), at "offset" 1
+ * (PTE_MARKER_UFFD_WP). The type is in the five highest bits, the offset inverted in
+ * those from 9 to 58; no other bit is set. */
+#define PTE_MARKED_ABSENT (31ull << 59 | (~1ull << 14) >> 5)
+
 static __always_inline __u64 table_entry(__u64 table, __u64 index)
 {
 	__u64 e = 0; /* not present, if it cannot be read */

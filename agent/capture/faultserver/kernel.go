@@ -28,6 +28,9 @@ import (
 // is read as far as it was filled by then, a page that nobody has delivered was changed
 // by somebody whom no program saw, and the capture is discarded. So whatever the
 // programs may miss costs a checkpoint and never its truth.
+//
+// Of a page where nothing is mapped the mark alone is the proof that it is zeros, if it
+// was then (noteBlank): nobody has touched it since.
 type kernelEngine struct {
 	s     *server
 	progs *cow.Programs
@@ -94,6 +97,22 @@ func (e *kernelEngine) start() error {
 	return nil
 }
 
+// noteBlank tells the programs of the pages that held zeros at the freeze if they bear
+// their mark where nothing is mapped: all of anonymous memory, because a discard takes
+// the mark along, and of a file's what it has no page of. It is called while the marks
+// are those of the last look: what is written and marked again after it is held.
+func (e *kernelEngine) noteBlank() {
+	for b, t := range e.s.tables {
+		for w := range t.words() {
+			m := t.full(w)
+			if t.held != nil {
+				m &^= t.held[w]
+			}
+			e.progs.Blank().Exchange(e.base[b]+w, m)
+		}
+	}
+}
+
 // settle re-arms what was written, by a look at everything, and leaves behind which
 // pages freeze has to re-arm: those written since its beginning. Right after the arm
 // there is no need: the log is exact, and short of being re-armed nothing is taken out.
@@ -104,6 +123,7 @@ func (e *kernelEngine) start() error {
 func (e *kernelEngine) settle() error {
 	if !e.armed {
 		e.armed = true
+		e.noteBlank()
 		return e.s.failedWith()
 	}
 	e.collect()
@@ -120,6 +140,7 @@ func (e *kernelEngine) settle() error {
 	if err := e.armWritten(); err != nil {
 		return err
 	}
+	e.noteBlank()
 	e.s.stats.PrearmPasses += 2
 	return e.s.failedWith()
 }
@@ -137,6 +158,8 @@ func (e *kernelEngine) collect() {
 			if t.populated != nil { // it was filled by the write, if it was not before
 				t.populated[w] |= m
 				t.held[w] |= m
+				blank := e.progs.Blank()
+				blank.Exchange(e.base[b]+w, blank.Load(e.base[b]+w)&^m)
 			}
 		}
 	}

@@ -73,30 +73,47 @@ func (r *ringReader) deliver(rec cow.Record) bool {
 	if atomic.LoadUint64(&t.claimed[w])&bit != 0 {
 		return true
 	}
-	data, ok := r.room()
-	if ok && t.claim(w, bit) != 0 {
+	if rec.Data == nil {
+		if !r.room(func(wait time.Duration) bool { return r.ring.WaitRecords(1, wait) }) {
+			return false
+		}
+		if t.claim(w, bit) != 0 {
+			r.ring.PublishZero(block, page, 1, arena.ByFault, 0) // there is room
+			r.e.settled(block, page, 1)
+			r.pages++
+		}
+		return true
+	}
+	var data []byte
+	if !r.room(func(wait time.Duration) (ok bool) {
+		data, ok = r.ring.Reserve(1, wait)
+		return ok
+	}) {
+		return false
+	}
+	if t.claim(w, bit) != 0 {
 		copy(data, rec.Data)
 		r.e.deliver(r.ring, block, page, 1, arena.ByFault)
 		r.pages++
 	}
-	return ok
+	return true
 }
 
-// room waits until the arena has room for a page. It reports false if the capture is
-// over before.
-func (r *ringReader) room() ([]byte, bool) {
+// room waits until the arena has room for a page, as wait tells. It reports false if the
+// capture is over before.
+func (r *ringReader) room(wait func(time.Duration) bool) bool {
 	for {
-		if data, ok := r.ring.Reserve(1, 0); ok {
-			return data, true
+		if wait(0) {
+			return true
 		}
 		if r.e.ending.Load() || r.e.s.failedWith() != nil {
-			return nil, false
+			return false
 		}
 		heartbeat.Unpin()
-		data, ok := r.ring.Reserve(1, roomWait)
+		ok := wait(roomWait)
 		heartbeat.Pin()
 		if ok {
-			return data, true
+			return true
 		}
 		r.peak = max(r.peak, r.e.progs.Waiting())
 		r.release()

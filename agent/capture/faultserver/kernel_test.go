@@ -6,9 +6,11 @@ import (
 	"os"
 	"os/exec"
 	"path/filepath"
+	"runtime"
 	"slices"
 	"strconv"
 	"strings"
+	"sync"
 	"syscall"
 	"testing"
 	"time"
@@ -198,6 +200,17 @@ func TestHazards(t *testing.T) {
 			}
 			writeSome(g)
 		}},
+		{name: "pages are given back and taken again", must: true, meanwhile: func(t *testing.T, g *target) {
+			whole(t, g, unix.MADV_DONTNEED)
+			writeSome(g)
+		}},
+		// Its pages stay in the file, and so do the marks: nothing is lost.
+		{name: "mappings of shared memory are dropped", kind: source.Shared, meanwhile: func(t *testing.T, g *target) {
+			whole(t, g, unix.MADV_DONTNEED)
+			writeSome(g)
+		}},
+		{name: "threads are first at the same pages", meanwhile: firstTogether},
+		{name: "threads are first at the same pages of shared memory", kind: source.Shared, meanwhile: firstTogether},
 		{name: "the process forks", meanwhile: func(t *testing.T, g *target) {
 			forked(t, func() { writeSome(g) })
 		}},
@@ -249,6 +262,23 @@ func TestHazards(t *testing.T) {
 			t.Log(err)
 		})
 	}
+}
+
+// firstTogether has two threads write all pages that nobody has touched, in the same order.
+func firstTogether(_ *testing.T, g *target) {
+	var wg sync.WaitGroup
+	for id := range 2 {
+		wg.Go(func() {
+			runtime.LockOSThread()
+			defer runtime.UnlockOSThread()
+			for p := range len(g.mem) / pageBytes {
+				if p%8 >= 5 {
+					g.mem[p*pageBytes+id] = 1
+				}
+			}
+		})
+	}
+	wg.Wait()
 }
 
 // alike makes pages with content the same, and lets the kernel merge them.
