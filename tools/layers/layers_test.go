@@ -20,7 +20,7 @@ const module = "github.com/ckagent/ckagent/"
 // everything below it unless a longer entry matches. A package may import from
 // lower layers, from its own folder's subfolders, and never upwards.
 var layers = [][]string{
-	{"uffd", "bpf", "agent/problem", "agent/cgroup", "agent/heartbeat", "agent/procstat", "agent/kvm", "agent/controller", "agent/selfexe", "agent/flock"},
+	{"uffd", "bpf", "agent/problem", "agent/cgroup", "agent/heartbeat", "agent/procstat", "agent/kvm", "agent/controller", "agent/selfexe", "agent/flock", "agent/passfd"},
 	{"agent/affinity", "agent/cmdline", "agent/image", "agent/libvirt", "agent/api", "plugins/policy"},
 	{"agent/qmp", "agent/guestagent", "agent/vm/vmstate", "agent/vm/ramstream", "agent/vm/inject", "agent/doctor", "agent/capture/arena", "agent/capture/source"},
 	{"agent/vm", "agent/store"},

@@ -15,6 +15,7 @@ import (
 
 	"github.com/ckagent/ckagent/agent/capture/arena"
 	"github.com/ckagent/ckagent/agent/heartbeat"
+	"github.com/ckagent/ckagent/agent/passfd"
 )
 
 // socketFD is the descriptor that a fault server inherits. The others come with its
@@ -58,7 +59,7 @@ func Main(d Deps) (err error) {
 	_ = unix.Setpriority(unix.PRIO_PGRP, 0, serverNice)
 	stepBack()
 
-	conn, err := inheritedSocket()
+	conn, err := passfd.Inherited(socketFD, "fault server")
 	if err != nil {
 		return err
 	}
@@ -106,20 +107,6 @@ func Main(d Deps) (err error) {
 		loop.take = func(int, []int) (*os.File, error) { return files[keptFile], nil }
 	}
 	return errors.Join(loop.run(), s.close())
-}
-
-func inheritedSocket() (*net.UnixConn, error) {
-	f := os.NewFile(socketFD, "socket")
-	defer f.Close()
-	c, err := net.FileConn(f)
-	if err != nil {
-		return nil, fmt.Errorf("fault server: socket: %w", err)
-	}
-	u, ok := c.(*net.UnixConn)
-	if !ok {
-		return nil, errors.Join(fmt.Errorf("fault server: socket is a %T", c), c.Close())
-	}
-	return u, nil
 }
 
 // commandLoop owns the server's phase.

@@ -1,7 +1,6 @@
 package faultserver
 
 import (
-	"encoding/json"
 	"errors"
 	"fmt"
 	"net"
@@ -10,9 +9,8 @@ import (
 	"syscall"
 	"time"
 
-	"golang.org/x/sys/unix"
-
 	"github.com/ckagent/ckagent/agent/cgroup"
+	"github.com/ckagent/ckagent/agent/passfd"
 )
 
 // Process is a fault server that knows of no VM yet: a process of its own, waiting for
@@ -32,13 +30,12 @@ type expectation struct {
 // Launch starts a fault server by our own binary and the arguments that lead to Main.
 // The engine is a guess, by which the process gets ready: any other works as well.
 func Launch(self string, args []string, engine Engine) (*Process, error) {
-	p := &Process{moved: make(chan struct{})}
-	peer, err := p.socketPair()
+	conn, peer, err := passfd.Pair("fault server")
 	if err != nil {
 		return nil, err
 	}
 	defer peer.Close() // or the end of the server would not end our reads
-	p.cmd = exec.Command(self, args...)
+	p := &Process{cmd: exec.Command(self, args...), conn: conn, moved: make(chan struct{})}
 	p.cmd.ExtraFiles = []*os.File{peer}
 	p.cmd.Stderr = os.Stderr
 	// No collection, no preemption signals: a fault thread is left alone.
@@ -59,22 +56,6 @@ func Launch(self string, args []string, engine Engine) (*Process, error) {
 	return p, nil
 }
 
-func (p *Process) socketPair() (peer *os.File, err error) {
-	fds, err := unix.Socketpair(unix.AF_UNIX, unix.SOCK_SEQPACKET|unix.SOCK_CLOEXEC, 0)
-	if err != nil {
-		return nil, fmt.Errorf("socketpair: %w", err)
-	}
-	ours := os.NewFile(uintptr(fds[0]), "fault server")
-	defer ours.Close()
-	peer = os.NewFile(uintptr(fds[1]), "fault server peer")
-	conn, err := net.FileConn(ours)
-	if err != nil {
-		return nil, errors.Join(err, peer.Close())
-	}
-	p.conn = conn.(*net.UnixConn)
-	return peer, nil
-}
-
 // PID is the process id.
 func (p *Process) PID() int { return p.cmd.Process.Pid }
 
@@ -84,37 +65,12 @@ func (p *Process) group() string { return fmt.Sprintf("faultserver-%d", p.PID())
 // processors of the host, which is why others go on meanwhile.
 func (p *Process) settle() { <-p.moved }
 
-// sendPatience bounds what is said before anything is answered: a process that does not
-// read has room for it, unless it was told too much.
-const sendPatience = 5 * time.Second
-
 // tell sends one message, with files that the process then has as well.
 func (p *Process) tell(message any, files ...*os.File) error {
-	b, err := json.Marshal(message)
-	if err != nil {
-		return err
-	}
-	var rights []byte
-	if len(files) > 0 {
-		fds := make([]int, len(files))
-		for i, f := range files {
-			conn, err := f.SyscallConn()
-			if err != nil {
-				return err
-			}
-			if err := conn.Control(func(fd uintptr) { fds[i] = int(fd) }); err != nil {
-				return err
-			}
-		}
-		rights = unix.UnixRights(fds...)
-	}
-	if err := p.conn.SetWriteDeadline(time.Now().Add(sendPatience)); err != nil {
-		return err
-	}
-	if _, _, err := p.conn.WriteMsgUnix(b, rights, nil); err != nil {
+	if err := passfd.Send(p.conn, message, files...); err != nil {
 		return fmt.Errorf("configure the fault server: %w", err)
 	}
-	return p.conn.SetWriteDeadline(time.Time{})
+	return nil
 }
 
 // Close ends it. A process that does not end within a second is killed.

@@ -18,6 +18,7 @@ import (
 	"golang.org/x/sys/unix"
 
 	"github.com/ckagent/ckagent/agent/capture/source"
+	"github.com/ckagent/ckagent/agent/passfd"
 	"github.com/ckagent/ckagent/uffd"
 )
 
@@ -389,13 +390,13 @@ func TestAbortAndCancelLetGo(t *testing.T) {
 
 // A server that lives but does not answer must not hold the guest in its pause.
 func TestFreezeIsNotWaitedForForEver(t *testing.T) {
-	c := &Client{proc: &Process{}, buf: make([]byte, maxDatagram), freezeWithin: 10 * time.Millisecond}
-	peer, err := c.proc.socketPair()
+	conn, peer, err := passfd.Pair("fault server")
 	if err != nil {
 		t.Fatal(err)
 	}
 	defer peer.Close()
-	defer c.proc.conn.Close()
+	defer conn.Close()
+	c := &Client{proc: &Process{conn: conn}, buf: make([]byte, maxDatagram), freezeWithin: 10 * time.Millisecond}
 	if err := c.Freeze(t.Context()); FailureOf(err) != Silent {
 		t.Errorf("%v, want %s", err, Silent)
 	}
