@@ -22,7 +22,7 @@ func (v *VM) checkpointApart(ctx context.Context, st *store.Store, o capture.Opt
 	if err := v.disconnect(); err != nil {
 		return nil, v.proc.Explain(err)
 	}
-	t, err := taker.Start(ctx, taker.Config{Helper: selfexe.Or(v.opts.Self), Lock: v.lock.File(), Heard: v.witness.see, Order: taker.Order{
+	t, err := taker.Start(ctx, taker.Config{Helper: selfexe.Or(v.opts.Self), Lock: v.lock.File(), Heard: v.witness.see, Track: v.track, Order: taker.Order{
 		PID: v.pid, StartTicks: v.proc.StartTicks, Name: v.Name, QMP: v.opts.QMP, LeaveDisksOut: v.opts.LeaveDisksOut,
 		Overlays: v.opts.Overlays, Freeze: v.opts.Freeze, Store: st.Dir(), Capture: o}})
 	if err != nil {
@@ -72,7 +72,7 @@ func Take(ctx context.Context, o *taker.Order, lock *os.File, l *taker.Line) (re
 	if err != nil {
 		return nil, errors.Join(err, share.Close())
 	}
-	v := &VM{Name: o.Name, pid: o.PID, lock: share, proc: proc,
+	v := &VM{Name: o.Name, pid: o.PID, lock: share, proc: proc, track: o.Capture.Track,
 		opts: Options{QMP: o.QMP, LeaveDisksOut: o.LeaveDisksOut, Overlays: o.Overlays, Freeze: o.Freeze, Spare: capture.NewSpare(o.Capture)}}
 	v.witness = &witness{v: v, tell: l.Heard}
 	defer func() { err = errors.Join(err, v.Close()) }()
@@ -90,5 +90,8 @@ func Take(ctx context.Context, o *taker.Order, lock *os.File, l *taker.Line) (re
 	if err := l.Ready(ctx); err != nil {
 		return nil, err
 	}
-	return v.Checkpoint(ctx, st, o.Capture)
+	if res, err = v.Checkpoint(ctx, st, o.Capture); err == nil {
+		v.track = nil // whose marks they are has more to come
+	}
+	return res, err
 }

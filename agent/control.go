@@ -2,6 +2,7 @@ package agent
 
 import (
 	"context"
+	"encoding/json"
 	"fmt"
 	"strconv"
 	"strings"
@@ -112,11 +113,15 @@ func (c *Control) Checkpoint(r *apipb.CheckpointRequest, stream apipb.Agent_Chec
 			if e.err != nil {
 				return api.ToStatus(e.err)
 			}
+			all, err := json.Marshal(e.res)
+			if err != nil {
+				return err
+			}
 			m := e.res.Manifest
 			return stream.Send(&apipb.CheckpointEvent{Taken: &apipb.Checkpoint{Id: m.ID, Vm: m.VM, QemuPid: int32(e.res.PID), Mode: m.Mode,
 				Engine: m.Engine, Parent: m.Parent, RamBytes: m.Stats.RAMBytes, PageBytes: m.Blocks[0].PageBytes, Pages: m.Stats.Pages,
 				ZeroPages: m.Stats.ZeroPages, CapturedPages: m.Stats.CapturedPages, StoredBytes: m.Stats.StoredBytes,
-				PauseNs: m.Stats.PauseNS, ArmNs: m.Stats.ArmNS, DeviceStateNs: m.Stats.DeviceStateNS, TotalNs: m.Stats.TotalNS}})
+				PauseNs: m.Stats.PauseNS, ArmNs: m.Stats.ArmNS, DeviceStateNs: m.Stats.DeviceStateNS, TotalNs: m.Stats.TotalNS, Result: all}})
 		}
 	}
 }

@@ -36,7 +36,7 @@ func TestHangingStoreEndsThePause(t *testing.T) {
 	})
 	t.Run("slow", func(t *testing.T) {
 		d := &direct{}
-		const stall = 100 * time.Millisecond
+		const stall = 500 * time.Millisecond
 		err := d.run(t.Context(), stall, func(ctx context.Context) error {
 			for begin := time.Now(); time.Since(begin) < 3*stall && ctx.Err() == nil; {
 				d.steps.Add(1)

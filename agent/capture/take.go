@@ -214,7 +214,7 @@ func (s *session) take(ctx context.Context) (err error) {
 	}
 	committed = true
 	if s.o.Track != nil && s.engine == EngineBPF {
-		s.o.Track.since = m.ID
+		s.o.Track.marks.Checkpoint = m.ID
 	}
 	if err := s.disks.Keep(ctx); err != nil {
 		// The checkpoint exists; what is left costs a little memory in QEMU and is

@@ -20,9 +20,30 @@ import (
 // A Tracking has one owner at a time, who gives it to one Take after the other. The zero
 // value tracks nothing yet.
 type Tracking struct {
-	f      *os.File // of a userfaultfd with marks; nil: there are none
-	since  string   // id of the checkpoint at whose instant they were made
-	blocks []source.Block
+	f     *os.File // of a userfaultfd with marks; nil: there are none
+	marks Marks
+}
+
+// Marks is what is to be known of marks beside their descriptor.
+type Marks struct {
+	Checkpoint string         `json:"checkpoint,omitempty"` // id of the one at whose instant they were made
+	Blocks     []source.Block `json:"blocks,omitempty"`     // where the memory lay then
+}
+
+// Tracked takes marks over from another process of ours; nil: there are none.
+func Tracked(m Marks, f *os.File) *Tracking {
+	if f == nil {
+		m = Marks{}
+	}
+	return &Tracking{f, m}
+}
+
+// Give gives the marks away, to another process of ours, whose they are when it has the file:
+// then that is to be closed here. nil: there are none.
+func (k *Tracking) Give() (Marks, *os.File) {
+	given := *k
+	*k = Tracking{}
+	return given.marks, given.f
 }
 
 // Since is the checkpoint since which writes are known; empty: none.
@@ -30,7 +51,7 @@ func (k *Tracking) Since() string {
 	if k == nil {
 		return ""
 	}
-	return k.since
+	return k.marks.Checkpoint
 }
 
 // Close takes the marks off. The Tracking may be used again.
@@ -38,19 +59,18 @@ func (k *Tracking) Close() error {
 	if k == nil || k.f == nil {
 		return nil
 	}
-	f := k.f
-	k.f, k.since = nil, ""
+	m, f := k.Give()
 	h, err := uffd.Resume(f) // closes f
 	if err != nil {
 		return fmt.Errorf("let go of what is tracked: %w", err)
 	}
-	return errors.Join(faultserver.LetGo(h, k.blocks), h.Close())
+	return errors.Join(faultserver.LetGo(h, m.Blocks), h.Close())
 }
 
 // serves reports whether the marks tell what was written since a checkpoint, in memory
 // that lies where it lay.
 func (k *Tracking) serves(parent string, blocks []source.Block) bool {
-	return k.f != nil && parent != "" && k.since == parent && slices.Equal(k.blocks, blocks)
+	return k.f != nil && parent != "" && k.marks.Checkpoint == parent && slices.Equal(k.marks.Blocks, blocks)
 }
 
 // track prepares an attempt: its fault server goes on from the marks there are, or there
@@ -78,7 +98,7 @@ func (s *session) hold(srv *faultserver.Client) (err error) {
 	if k == nil || s.engine != EngineBPF || s.tracked {
 		return nil
 	}
-	k.blocks = slices.Clone(s.blocks)
+	k.marks.Blocks = slices.Clone(s.blocks)
 	k.f, err = srv.Userfaultfd()
 	return err
 }

@@ -32,7 +32,7 @@ const (
 // called. A child does it, as with everything that holds a VM.
 func (w *ward) sampleOnSchedule(ctx context.Context, log *slog.Logger, p *agent.Protector) (stop func()) {
 	every := time.Duration(w.d.cfg.Signals.DirtyEvery)
-	if every == 0 {
+	if every == 0 || w.record().Spec.GetTrack() { // the memory has a tracker already
 		return func() {}
 	}
 	return onSchedule(ctx, min(every, dirtyRetry), w.d.limits.windows, func(ctx context.Context) time.Duration {

@@ -3,7 +3,6 @@ package daemon
 import (
 	"context"
 	"encoding/json"
-	"fmt"
 	"time"
 
 	"google.golang.org/grpc"
@@ -65,11 +64,6 @@ func (s *service) Attach(r *apipb.AttachRequest, stream apipb.Agent_AttachServer
 	spec := s.d.complete(r.GetSpec())
 	if _, _, err := agent.Planned(spec); err != nil {
 		return api.ToStatus(err)
-	}
-	if spec.GetTrack() {
-		return api.ToStatus(problem.New(problem.Refused, "attach", fmt.Sprintf("pid %d", r.GetQemuPid()),
-			"what --track keeps is held by the process that takes checkpoints, and the daemon has another one for each").
-			WithHint("ckagent attach --foreground --track"))
 	}
 	pid := int(r.GetQemuPid())
 	name, err := agent.NameOf(pid, spec.GetName())

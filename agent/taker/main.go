@@ -21,7 +21,8 @@ import (
 )
 
 // Take takes the checkpoint of an order, whose functions lead to the daemon by now. It
-// calls Line.Ready before it begins. lock is the VM's, for it to close.
+// calls Line.Ready before it begins. lock is the VM's, for it to close; what is tracked is
+// left to whoever called it, unless there is an error.
 type Take func(ctx context.Context, o *Order, lock *os.File, l *Line) (*capture.Result, error)
 
 // heapLimit is when garbage is collected after all.
@@ -73,7 +74,11 @@ func serve(ctx context.Context, conn net.Conn, lock *os.File, take Take) error {
 		if o.Paced {
 			o.Capture.Pace = l.pace
 		}
-		res, err = take(ctx, o, lock, l)
+		if o.Tracked {
+			res, err = takeMarked(ctx, o, lock, l, take)
+		} else {
+			res, err = take(ctx, o, lock, l)
+		}
 	}
 	close(l.quit)
 	speaking.Wait()

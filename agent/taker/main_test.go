@@ -77,6 +77,11 @@ func pretend(ctx context.Context, o *Order, lock *os.File, l *Line) (*capture.Re
 		}
 		_ = o.Capture.Pace(ctx, 1, true)
 	}
+	if o.Tracked {
+		if err := remark(o); err != nil {
+			return nil, err
+		}
+	}
 	return &capture.Result{PID: o.PID, Retaken: []string{"once"}, Notes: []string{fmt.Sprint(st.Size())},
 		Manifest: &image.Manifest{ID: "id", VM: o.Name, Hot: image.HotRuns{{First: 3, Pages: 4}}, Blocks: []image.Block{{Name: o.Store, UsedBytes: o.Capture.ArenaBytes}}}}, nil
 }

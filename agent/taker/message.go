@@ -14,12 +14,13 @@ const Verb = "__take"
 
 // protocol changes with what is said over the line. The two ends are of different builds
 // when ckagent was replaced under a daemon that runs.
-const protocol = 1
+const protocol = 2
 
 // Descriptors the child inherits.
 const (
 	lineFD = 3
 	lockFD = 4 // of the VM: held, and handed on to the guardian
+	markFD = 5 // a socket by which marks come, and go back
 )
 
 const (
@@ -52,6 +53,7 @@ type Order struct {
 	Store   string          `json:"store"`
 	Capture capture.Options `json:"capture"` // as far as it is data
 	Paced   bool            `json:"paced"`   // bytes to the store are to be asked for; set by Start
+	Tracked bool            `json:"tracked"` // marks come, or none, and are wanted; set by Start
 }
 
 // down is what the daemon says: one of its parts.

@@ -18,6 +18,7 @@ import (
 
 	"github.com/ckagent/ckagent/agent/capture"
 	"github.com/ckagent/ckagent/agent/cgroup"
+	"github.com/ckagent/ckagent/agent/passfd"
 	"github.com/ckagent/ckagent/agent/problem"
 	"github.com/ckagent/ckagent/agent/qmp"
 )
@@ -30,6 +31,8 @@ type Config struct {
 	Order  Order
 	// Heard is told of what the VM's monitor announces while the child has it. nil: nobody is.
 	Heard func(qmp.Event)
+	// Track, if not nil, is given to the child, and is what it keeps when it has succeeded.
+	Track *capture.Tracking
 }
 
 // Taker is the daemon's side of a child.
@@ -46,6 +49,7 @@ type Taker struct {
 	hungUp  bool
 	grants  sync.WaitGroup
 	vigil   *vigil
+	marks   *marks // nil without Config.Track
 	closing sync.Once
 }
 
@@ -79,18 +83,28 @@ func Start(ctx context.Context, cfg Config) (*Taker, error) {
 	t.cmd = exec.Command(argv[0], argv[1:]...)
 	t.cmd.Stderr = ear
 	t.cmd.ExtraFiles = []*os.File{theirs, cfg.Lock}
+	var peer *os.File
+	if cfg.Track != nil {
+		way, theirs, err := passfd.Pair("marks")
+		if err != nil {
+			return fail(errors.Join(err, t.line.Close(), words.Close()))
+		}
+		t.marks, peer = &marks{way}, theirs
+		t.cmd.ExtraFiles = append(t.cmd.ExtraFiles, peer)
+	}
 	// Closing a terminal or ^C is for the daemon to handle.
 	t.cmd.SysProcAttr = &syscall.SysProcAttr{Setpgid: true}
 	if err := t.cmd.Start(); err != nil {
-		return fail(errors.Join(err, t.line.Close(), words.Close()))
+		return fail(errors.Join(err, t.line.Close(), words.Close(), t.marks.close(), peer.Close()))
 	}
 	theirs.Close()
 	ear.Close()
+	peer.Close() // nil: there is none
 	t.said = hear(words)
 	t.vigil = watchOver(silence, t.kill)
 	order := *o
-	order.Protocol, order.Paced = protocol, o.Capture.Pace != nil
-	if err := t.tell(down{Order: &order}); err != nil {
+	order.Protocol, order.Paced, order.Tracked = protocol, o.Capture.Pace != nil, t.marks != nil
+	if t.tell(down{Order: &order}) != nil || t.marks.give(cfg.Track) != nil {
 		return nil, errors.Join(t.died(ctx), t.Close())
 	}
 	u, err := t.listen(ctx)
@@ -114,6 +128,14 @@ func (t *Taker) Take(ctx context.Context) (*capture.Result, error) {
 	u, err := t.listen(ctx)
 	if err != nil {
 		return nil, err
+	}
+	if t.marks != nil {
+		k, err := t.marks.take()
+		if err != nil { // the next one reads everything
+			u.Result.Notes = append(u.Result.Notes, err.Error())
+		} else {
+			*t.cfg.Track = *k
+		}
 	}
 	return u.Result, nil
 }
@@ -217,6 +239,7 @@ func (t *Taker) end() {
 		_ = t.cmd.Wait() // the state says it
 		t.vigil.close()
 		_ = t.line.Close()
+		_ = t.marks.close()
 		t.grants.Wait()
 	})
 }

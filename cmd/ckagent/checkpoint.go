@@ -1,6 +1,7 @@
 package main
 
 import (
+	"encoding/json"
 	"errors"
 	"fmt"
 	"path/filepath"
@@ -171,11 +172,29 @@ func (a *app) orderCheckpoint(c *cobra.Command, vm *protected) error {
 			return api.FromStatus("checkpoint", err)
 		}
 		if t := e.GetTaken(); t != nil {
-			a.printTaken(t)
+			res, err := resultOf(t)
+			if err != nil {
+				return err
+			}
+			a.printCheckpoint(res)
 			return nil
 		}
 		a.log.Debug(e.GetStep(), "detail", e.GetDetail())
 	}
+}
+
+// resultOf is what another process of ours says of a checkpoint that it took.
+func resultOf(t *apipb.Checkpoint) (*capture.Result, error) {
+	var res capture.Result
+	err := json.Unmarshal(t.GetResult(), &res)
+	if err == nil && (res.Manifest == nil || len(res.Manifest.Blocks) == 0) {
+		err = errors.New("nothing is said of it")
+	}
+	if err != nil {
+		return nil, problem.New(problem.Failed, "checkpoint", "VM "+t.GetVm(), "%s was taken, by a ckagent of another version: %w", t.GetId(), err).
+			WithHint("ckagent inspect %s; and start the daemon, or attach, anew", t.GetId())
+	}
+	return &res, nil
 }
 
 func (a *app) takeCheckpoint(c *cobra.Command, f *captureFlags, pid int) (err error) {
@@ -206,21 +225,6 @@ func (a *app) takeCheckpoint(c *cobra.Command, f *captureFlags, pid int) (err er
 	}
 	a.printCheckpoint(res)
 	return nil
-}
-
-// printTaken prints a checkpoint that another process took.
-func (a *app) printTaken(t *apipb.Checkpoint) {
-	r := checkpointResult{Schema: schema("checkpoint"), ID: t.GetId(), VM: t.GetVm(), QEMUPID: int(t.GetQemuPid()), Mode: t.GetMode(), Engine: t.GetEngine(),
-		Parent: t.GetParent(), RAMBytes: t.GetRamBytes(), PageBytes: t.GetPageBytes(), Pages: t.GetPages(), ZeroPages: t.GetZeroPages(),
-		CapturedPages: t.GetCapturedPages(), StoredBytes: t.GetStoredBytes(), PauseNS: t.GetPauseNs(), ArmNS: t.GetArmNs(),
-		DeviceStateNS: t.GetDeviceStateNs(), TotalNS: t.GetTotalNs(), Retaken: []string{}, Notes: []string{}, Disks: []diskView{}}
-	if a.json {
-		a.print("checkpoint", r)
-		return
-	}
-	fmt.Fprintf(a.out, "%s of VM %s: mode %s, pause %s (device state %s), total %s, %s RAM, %s stored\n",
-		r.ID, r.VM, r.Mode, durationText(time.Duration(r.PauseNS)), durationText(time.Duration(r.DeviceStateNS)),
-		durationText(time.Duration(r.TotalNS)), sizeText(r.RAMBytes), sizeText(r.StoredBytes))
 }
 
 // checkpointResult is what a new checkpoint is reported as.

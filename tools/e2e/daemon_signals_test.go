@@ -18,7 +18,6 @@ func TestDaemonSamplesDirtyRates(t *testing.T) {
 	h.start(t)
 	v := vmtest.Start(t, vmtest.Config{Guest: vmtest.Mini, MemoryMiB: 32, WSMiB: 8, Rate: 500, Idle: true, Name: "rated"})
 	v.WaitProgress(t, 50)
-	h.fails(t, exitRefused, []string{"--foreground"}, "attach", itoa(v.PID()), "--track")
 	h.json(t, &struct{}{}, "attach", itoa(v.PID()), "--interval", "1h")
 	h.wait(t, "its first checkpoint", func(m map[string]statusView) bool { return m["rated"].Checkpoints == 1 })
 	var rate float64

@@ -202,6 +202,7 @@ type checkpoint struct {
 	Depth         int      `json:"depth"`
 	Unchanged     uint64   `json:"unchanged_pages"`
 	Shared        uint64   `json:"shared_pages"`
+	Same          uint64   `json:"same_pages"`
 	RAMBytes      uint64   `json:"ram_bytes"`
 	PageBytes     uint64   `json:"page_bytes"`
 	Pages         uint64   `json:"pages"`

@@ -1262,6 +1262,9 @@ type Checkpoint struct {
 	CapturedPages uint64                 `protobuf:"varint,14,opt,name=captured_pages,json=capturedPages,proto3" json:"captured_pages,omitempty"`
 	ArmNs         int64                  `protobuf:"varint,15,opt,name=arm_ns,json=armNs,proto3" json:"arm_ns,omitempty"`
 	DeviceStateNs int64                  `protobuf:"varint,16,opt,name=device_state_ns,json=deviceStateNs,proto3" json:"device_state_ns,omitempty"`
+	// All there is to say of it, as JSON: what ckagent itself prints. Its members are those of
+	// capture.Result of the version that took it.
+	Result        []byte `protobuf:"bytes,17,opt,name=result,proto3" json:"result,omitempty"`
 	unknownFields protoimpl.UnknownFields
 	sizeCache     protoimpl.SizeCache
 }
@@ -1406,6 +1409,13 @@ func (x *Checkpoint) GetDeviceStateNs() int64 {
 		return x.DeviceStateNs
 	}
 	return 0
+}
+
+func (x *Checkpoint) GetResult() []byte {
+	if x != nil {
+		return x.Result
+	}
+	return nil
 }
 
 type SetPolicyRequest struct {
@@ -1905,7 +1915,7 @@ const file_agent_proto_rawDesc = "" +
 	"\x0fCheckpointEvent\x12\x12\n" +
 	"\x04step\x18\x01 \x01(\tR\x04step\x12\x16\n" +
 	"\x06detail\x18\x02 \x01(\tR\x06detail\x122\n" +
-	"\x05taken\x18\x03 \x01(\v2\x1c.ckagent.agent.v1.CheckpointR\x05taken\"\xbb\x03\n" +
+	"\x05taken\x18\x03 \x01(\v2\x1c.ckagent.agent.v1.CheckpointR\x05taken\"\xd3\x03\n" +
 	"\n" +
 	"Checkpoint\x12\x0e\n" +
 	"\x02id\x18\x01 \x01(\tR\x02id\x12\x0e\n" +
@@ -1926,7 +1936,8 @@ const file_agent_proto_rawDesc = "" +
 	"zero_pages\x18\r \x01(\x04R\tzeroPages\x12%\n" +
 	"\x0ecaptured_pages\x18\x0e \x01(\x04R\rcapturedPages\x12\x15\n" +
 	"\x06arm_ns\x18\x0f \x01(\x03R\x05armNs\x12&\n" +
-	"\x0fdevice_state_ns\x18\x10 \x01(\x03R\rdeviceStateNs\"\xbd\x01\n" +
+	"\x0fdevice_state_ns\x18\x10 \x01(\x03R\rdeviceStateNs\x12\x16\n" +
+	"\x06result\x18\x11 \x01(\fR\x06result\"\xbd\x01\n" +
 	"\x10SetPolicyRequest\x12\x0e\n" +
 	"\x02vm\x18\x01 \x01(\tR\x02vm\x12\x16\n" +
 	"\x06policy\x18\x02 \x01(\tR\x06policy\x12F\n" +
