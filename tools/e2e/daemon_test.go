@@ -19,10 +19,6 @@ const exitNoDaemon = 8
 
 func init() { codes[exitNoDaemon] = "no_daemon" }
 
-// lookEvery is how often a state is looked at that is waited for: a look is a process,
-// and one after the other they would take the processor from what is waited for.
-const lookEvery = 100 * time.Millisecond
-
 // host is a daemon with a configuration and a state of its own.
 type host struct {
 	t      testing.TB // whose processes they are: a part of a test ends before them
@@ -52,15 +48,7 @@ func (h *host) config() string { return filepath.Join(h.dir, "daemon.toml") }
 func (h *host) start(t testing.TB, more ...string) {
 	t.Helper()
 	h.d = h.x.start(h.t, append([]string{"daemon", "--config", h.config(), "--socket", h.socket}, more...)...)
-	pace := time.NewTicker(lookEvery)
-	defer pace.Stop()
-	for end := time.Now().Add(time.Minute); time.Now().Before(end); <-pace.C {
-		if r := h.run(t, "vms", "--json"); r.code == exitOK {
-			return
-		}
-	}
-	h.d.signal(unix.SIGKILL)
-	t.Fatalf("no daemon: %s", h.d.wait(t, time.Minute))
+	within(t, time.Minute, "a daemon that answers", func() bool { return h.run(t, "vms", "--json").code == exitOK })
 }
 
 // kill ends it, if it runs.
@@ -108,16 +96,7 @@ func (h *host) vms(t testing.TB) map[string]statusView {
 // wait waits until what vms lists is as wanted.
 func (h *host) wait(t testing.TB, what string, ok func(map[string]statusView) bool) map[string]statusView {
 	t.Helper()
-	var m map[string]statusView
-	pace := time.NewTicker(lookEvery)
-	defer pace.Stop()
-	for end := time.Now().Add(3 * time.Minute); time.Now().Before(end); <-pace.C {
-		if m = h.vms(t); ok(m) {
-			return m
-		}
-	}
-	t.Fatalf("not within three minutes: %s; last %+v", what, m)
-	return nil
+	return hasBecome(t, 3*time.Minute, what, func() (map[string]statusView, bool) { return h.vms(t), true }, ok)
 }
 
 // guests starts small VMs at once.

@@ -48,22 +48,16 @@ func (x *tool) status(t testing.TB, pid int) (s statusView) {
 // waitStatus waits until a VM's status is as wanted.
 func (x *tool) waitStatus(t testing.TB, pid int, what string, ok func(statusView) bool) statusView {
 	t.Helper()
-	var s statusView
-	pace := time.NewTicker(lookEvery)
-	defer pace.Stop()
-	for end := time.Now().Add(time.Minute); time.Now().Before(end); <-pace.C {
-		if r := x.run(t, "status", itoa(pid), "--json"); r.code == exitOK {
-			s = statusView{}
-			if err := oneObject(r.out, &s); err != nil {
-				t.Fatalf("%v: %s", err, r)
-			}
-			if ok(s) {
-				return s
-			}
+	return hasBecome(t, time.Minute, what, func() (s statusView, seen bool) {
+		r := x.run(t, "status", itoa(pid), "--json")
+		if r.code != exitOK {
+			return s, false
 		}
-	}
-	t.Fatalf("not within a minute: %s; last %+v", what, s)
-	return s
+		if err := oneObject(r.out, &s); err != nil {
+			t.Fatalf("%v: %s", err, r)
+		}
+		return s, true
+	}, ok)
 }
 
 // TestPolicies: the policy of a running VM is replaced, killed and stopped, and

@@ -326,3 +326,37 @@ func (x *tool) wantOnly(t testing.TB, ids ...string) {
 		t.Errorf("gc leaves %v (%v), want %v", left, err, ids)
 	}
 }
+
+// lookEvery is how often a state is looked at that is waited for: a look is a process,
+// and one after the other they would take the processor from what is waited for.
+const lookEvery = 100 * time.Millisecond
+
+// within looks until something is true.
+func within(t testing.TB, limit time.Duration, what string, ok func() bool) {
+	t.Helper()
+	tick := time.NewTicker(lookEvery)
+	defer tick.Stop()
+	for deadline := time.Now().Add(limit); !ok(); <-tick.C {
+		if time.Now().After(deadline) {
+			t.Fatalf("not within %v: %s", limit, what)
+		}
+	}
+}
+
+// hasBecome is within for a state, which is told of if it does not come to be as wanted.
+func hasBecome[S any](t testing.TB, limit time.Duration, what string, look func() (S, bool), ok func(S) bool) (s S) {
+	t.Helper()
+	defer func() {
+		if t.Failed() {
+			t.Logf("last it was %+v", s)
+		}
+	}()
+	within(t, limit, what, func() bool {
+		now, seen := look()
+		if seen {
+			s = now
+		}
+		return seen && ok(s)
+	})
+	return s
+}

@@ -171,15 +171,3 @@ func wantSame(t *testing.T, r result) {
 		marked = c.Engine == "bpf"
 	}
 }
-
-// within looks until something is true.
-func within(t *testing.T, limit time.Duration, what string, ok func() bool) {
-	t.Helper()
-	tick := time.NewTicker(50 * time.Millisecond)
-	defer tick.Stop()
-	for deadline := time.Now().Add(limit); !ok(); <-tick.C {
-		if time.Now().After(deadline) {
-			t.Fatalf("not within %v: %s", limit, what)
-		}
-	}
-}
