@@ -99,7 +99,8 @@ func (w *witness) stopped(ctx context.Context) error {
 	return nil
 }
 
-// watch puts the witness into the proxy.
+// watch puts the witness into the proxy. A pause under it takes as long as its copy of all
+// memory does: it is no figure of ours.
 func (w *witness) watch(p *vmtest.Proxy) (remove func()) {
 	stop := p.Withhold("cont", func(ctx context.Context, _ vmtest.Message) {
 		w.note(errors.Join(w.stopped(ctx), w.copy(w.at), w.stopped(ctx)))

@@ -126,7 +126,7 @@ func TestTrackedByTheDaemon(t *testing.T) {
 	marked := false // the first may have been retaken by another engine
 	for i := range 4 {
 		c := g.checkpoint(t, "--socket", h.socket)
-		t.Logf("%s, parent %q: engine %s, %d pages the same by their marks, pause %v, total %v", c.ID, c.Parent, c.Engine, c.Same,
+		t.Logf("%s, parent %q: engine %s, %d pages the same by their marks, pause %v (most of it the witness's), total %v", c.ID, c.Parent, c.Engine, c.Same,
 			time.Duration(c.PauseNS), time.Duration(c.TotalNS).Round(time.Millisecond))
 		bpf := c.Engine == "bpf" && len(c.Retaken) == 0
 		if len(c.Notes) > 0 {
@@ -163,7 +163,7 @@ func wantSame(t *testing.T, r result) {
 			marked = false
 			continue
 		}
-		t.Logf("%s, parent %q: engine %s, %d pages the same by their marks, %d bytes stored, pause %v, total %v",
+		t.Logf("%s, parent %q: engine %s, %d pages the same by their marks, %d bytes stored, pause %v (most of it the witness's), total %v",
 			c.ID, c.Parent, c.Engine, c.Same, c.StoredBytes, time.Duration(c.PauseNS), time.Duration(c.TotalNS).Round(time.Millisecond))
 		if c.Engine == "bpf" && len(c.Retaken) == 0 && marked != (c.Same > c.Pages/2) {
 			t.Errorf("%s: %d of %d pages are the same by their marks; marks were kept: %v", c.ID, c.Same, c.Pages, marked)
