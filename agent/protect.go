@@ -184,6 +184,12 @@ func (p *Protector) SetPolicy(ctx context.Context, ref string, params map[string
 	return p.p.Slot.Set(ctx, ref, params, p.signals())
 }
 
+// InsistOnPolicy is SetPolicy for one that was in charge before: what does not come up now
+// is tried again, and the fallback decides meanwhile.
+func (p *Protector) InsistOnPolicy(ctx context.Context, ref string, params map[string]string) {
+	p.p.Slot.Insist(ctx, ref, params, p.signals())
+}
+
 // Cancel gives up the checkpoint that is being taken or waits for its turn, if one is.
 func (p *Protector) Cancel(ctx context.Context) (bool, error) {
 	p.mu.Lock()

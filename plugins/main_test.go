@@ -195,12 +195,19 @@ func (r *rogue) Decide(s *policy.Signals) (*policy.Decision, error) {
 // registry installs copies of this binary under these names.
 func registry(t testing.TB, names ...string) *Registry {
 	t.Helper()
-	self, err := os.Executable()
-	if err != nil {
-		t.Fatal(err)
-	}
 	r := NewRegistry(filepath.Join(t.TempDir(), "policies"))
 	if err := os.MkdirAll(r.Dir(), 0o755); err != nil {
+		t.Fatal(err)
+	}
+	installed(t, r, names...)
+	return r
+}
+
+// installed installs this program under names.
+func installed(t testing.TB, r *Registry, names ...string) {
+	t.Helper()
+	self, err := os.Executable()
+	if err != nil {
 		t.Fatal(err)
 	}
 	links := t.TempDir()
@@ -213,7 +220,6 @@ func registry(t testing.TB, names ...string) *Registry {
 			t.Fatal(err)
 		}
 	}
-	return r
 }
 
 func signals(now int64) *policy.Signals {

@@ -111,6 +111,40 @@ func TestSetOrStay(t *testing.T) {
 	}
 }
 
+// TestInsist: a policy that was in charge and does not come up is wanted all the same, and
+// is in charge as soon as it can be; what an operator sets meanwhile wins.
+func TestInsist(t *testing.T) {
+	r := registry(t, "rogue")
+	fast := func(c *SlotConfig) { c.FirstRestart = 10 * time.Millisecond }
+	s := newSlot(t, r, fast)
+	s.Insist(t.Context(), "steady", nil, now())
+	if st := s.Status(); st.Policy != "fixed" || st.Wanted != "steady" || st.Generation != 0 || !problem.Is(st.Trouble, problem.NotFound) {
+		t.Errorf("%+v", st)
+	}
+	if v := s.Decide(t.Context(), now()); v.Source != FromFallback || v.Trouble == nil || v.Decision == nil {
+		t.Errorf("%+v", v)
+	}
+	installed(t, r, "steady")
+	until(t, 10*time.Second, "it is in charge", func() bool { return s.Status().Policy == "steady" })
+	if st := s.Status(); st.Generation != 1 || st.Trouble != nil {
+		t.Errorf("%+v", st)
+	}
+	s.Insist(t.Context(), "none", nil, now())
+	if st := s.Status(); st.Policy != "fixed" || st.Wanted != "none" || st.PID != 0 {
+		t.Errorf("%+v", st)
+	}
+	if v, err := s.Set(t.Context(), "rogue", nil, now()); err != nil || v.Generation != 2 {
+		t.Errorf("%+v, %v", v, err)
+	}
+	s.Insist(t.Context(), "steady", nil, now())
+	if st := s.Status(); st.Policy != "steady" || st.Generation != 3 {
+		t.Errorf("%+v", st)
+	}
+	s.Close()
+	again := newSlot(t, r, fast) // ends while it insists
+	again.Insist(t.Context(), "absent", nil, now())
+}
+
 // TestLosesItsPlace: whatever a program does, a decision is there in time, the
 // fallback takes over, and a program that is well again is brought back.
 func TestLosesItsPlace(t *testing.T) {

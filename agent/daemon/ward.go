@@ -261,14 +261,15 @@ func (w *ward) attachOnce(ctx context.Context, log *slog.Logger) (_ *agent.VM, _
 	}
 	prot.Revive = func(ctx context.Context) (int, error) { return w.d.restore(ctx, log, w.name, spec.GetStore()) }
 	p := v.Protect(st, prot)
-	if ref := spec.GetPolicy(); ref != "" {
+	ref := spec.GetPolicy()
+	switch {
+	case ref == "":
+	case w.takenUp: // better the fallback than nobody until it serves
+		p.InsistOnPolicy(ctx, ref, spec.GetParams())
+	default:
 		if _, err := p.SetPolicy(ctx, ref, spec.GetParams()); err != nil {
-			if !w.takenUp {
-				slot.Close()
-				return nil, nil, nil, errors.Join(err, v.Close())
-			}
-			// Better the fallback than nobody; the VM is protected.
-			log.Error("its policy does not serve", "policy", ref, "error", err)
+			slot.Close()
+			return nil, nil, nil, errors.Join(err, v.Close())
 		}
 	}
 	return v, p, slot, nil
