@@ -160,10 +160,11 @@ func maskOf(off, n uint64) uint64 {
 	return (1<<n - 1) << off
 }
 
-// isHuge reports whether page was mapped by a huge page when it was armed.
+// isHuge reports whether page was mapped by a huge page when it was armed. A fault that is
+// tracked before that is known lets less through at once.
 func (t *pageTable) isHuge(page uint64) bool {
 	region := page / hugePages
-	return t.hugeOK && t.huge[region/64]>>(region%64)&1 != 0
+	return t.hugeOK && atomic.LoadUint64(&t.huge[region/64])>>(region%64)&1 != 0
 }
 
 func (t *pageTable) markHuge(region uint64) {

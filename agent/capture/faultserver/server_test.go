@@ -26,6 +26,11 @@ import (
 // userfaultfd that its parent, the target, made for it.
 func TestMain(m *testing.M) {
 	if len(os.Args) == 3 && os.Args[1] == "faultserver" {
+		// The race detector makes a process wait for a second at its end, unless it is told
+		// otherwise; what a server inherits is fixed.
+		if _, told := os.LookupEnv("GORACE"); !told {
+			panic(unix.Exec("/proc/self/exe", os.Args, append(os.Environ(), "GORACE=atexit_sleep_ms=0")))
+		}
 		if err := Main(Deps{Take: takeFromParent, OpenControl: func(*os.File) (func(), error) { return func() {}, nil }}); err != nil {
 			fmt.Fprintln(os.Stderr, "fault server:", err)
 			os.Exit(1)
@@ -34,6 +39,9 @@ func TestMain(m *testing.M) {
 	}
 	goleak.VerifyTestMain(m)
 }
+
+// raceExit is how a program ends in which the race detector has found something.
+const raceExit = 66
 
 func takeFromParent(pid int, _ []int) (*os.File, error) {
 	var fd int
@@ -179,6 +187,11 @@ func startServer(t *testing.T, g *target, change func(*Start)) *Client {
 	if err != nil {
 		t.Fatal(err)
 	}
+	t.Cleanup(func() {
+		if state := c.proc.cmd.ProcessState; state != nil && state.ExitCode() == raceExit {
+			t.Error("the race detector has found something in the server")
+		}
+	})
 	if err := c.Ready(t.Context()); err != nil {
 		t.Fatal(errors.Join(err, c.Close()))
 	}
