@@ -19,7 +19,7 @@
 // are left out. CKAGENT_E2E_LONG=1 runs the configurations that others cover, too.
 // CKAGENT_E2E_ROUNDS=50 makes the run of consecutive checkpoints as
 // long as it has to be before a release, CKAGENT_E2E_CHAIN=100 the chain that is
-// merged and taken apart. CKAGENT_E2E_INCREMENTAL=1 and CKAGENT_E2E_DENSITY=1 measure
+// merged and taken apart. CKAGENT_E2E_INCREMENTAL=512 and CKAGENT_E2E_DENSITY=1 measure
 // what incremental checkpoints and several VMs in one store take (the latter beside
 // restic). CKAGENT_E2E_BINARY names a binary to test instead of building one.
 //

@@ -5,6 +5,7 @@ import (
 	"context"
 	"os"
 	"slices"
+	"strconv"
 	"testing"
 	"time"
 
@@ -88,14 +89,19 @@ func (w *writtenSince) taken(context.Context) (*capture.Written, error) {
 // TestIncremental takes checkpoints of a guest that rewrites about one page in a hundred
 // in between, and compares what is stored and how long it takes with a full one: with
 // pages compared by content, with what tracking says was written, and with the marks of
-// engine bpf left in the memory. Each is compared with the memory at its instant. CKAGENT_E2E_INCREMENTAL=1 has a guest of 512 MiB.
+// engine bpf left in the memory. Each is compared with the memory at its instant.
+// CKAGENT_E2E_INCREMENTAL is the MiB that the guest has filled, for ten checkpoints of each.
 func TestIncremental(t *testing.T) {
 	if testing.Short() {
 		vmtest.Skip(t, "short", "takes many checkpoints")
 	}
 	cfg, rounds := vmtest.Config{MemoryMiB: 256, WSMiB: 96, DirtyMiB: 1, Rate: 100, Control: true}, 1
-	if os.Getenv("CKAGENT_E2E_INCREMENTAL") != "" {
-		cfg, rounds = vmtest.Config{MemoryMiB: 768, WSMiB: 512, DirtyMiB: 5, Rate: 1000, Control: true}, 10
+	if s := os.Getenv("CKAGENT_E2E_INCREMENTAL"); s != "" {
+		mib, err := strconv.Atoi(s)
+		if err != nil {
+			t.Fatal(err)
+		}
+		cfg, rounds = vmtest.Config{MemoryMiB: mib + max(256, mib/8), WSMiB: mib, DirtyMiB: mib / 100, Rate: 2 * mib, Control: true}, 10
 	}
 	for _, way := range []string{"content", "tracking", "marks"} {
 		t.Run(way, func(t *testing.T) {
