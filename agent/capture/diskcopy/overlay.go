@@ -10,6 +10,7 @@ import (
 
 	"golang.org/x/sys/unix"
 
+	"github.com/ckagent/ckagent/agent/image/fsys"
 	"github.com/ckagent/ckagent/agent/image/qcow2"
 	"github.com/ckagent/ckagent/agent/problem"
 	"github.com/ckagent/ckagent/agent/vm/disk"
@@ -105,7 +106,8 @@ func (s *Set) addOverlay(ctx context.Context, d *item) error {
 		}
 		more = map[string]any{"encrypt": map[string]any{"format": "luks", "key-secret": d.src.KeySecret}}
 	}
-	if err := f.Sync(); err != nil {
+	// What the guest makes durable there is as durable as the file's name.
+	if err := errors.Join(f.Sync(), fsys.OS{}.SyncDir(filepath.Dir(d.overlay))); err != nil {
 		return problem.New(problem.Failed, "make overlay", d.overlay, "%w", err)
 	}
 	return s.lend(ctx, disk.OverlayNode(d.n), disk.OverlayOpaque(d.n, d.overlay), f, more)
