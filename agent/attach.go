@@ -8,6 +8,7 @@ import (
 	"slices"
 	"strings"
 	"time"
+	"unicode/utf8"
 
 	"github.com/ckagent/ckagent/agent/capture"
 	"github.com/ckagent/ckagent/agent/capture/proving"
@@ -97,18 +98,24 @@ var numeric = regexp.MustCompile(`^[0-9]+$`)
 
 func chooseName(asked, own string, pid int) (string, error) {
 	if asked != "" {
-		if numeric.MatchString(asked) || strings.ContainsAny(asked, "/\x00\n") {
-			return "", problem.New(problem.Usage, "attach", "name "+asked, "a name must not be a number or contain a slash")
+		if numeric.MatchString(asked) || !nameable(asked) {
+			return "", problem.New(problem.Usage, "attach", "name "+asked, "a name must not be a number, contain a slash, or be longer than %d bytes", image.MaxNameBytes)
 		}
 		return asked, nil
 	}
-	if own == "" || strings.ContainsAny(own, "/\x00\n") {
+	if own == "" || !nameable(own) {
 		return fmt.Sprintf("vm-%d", pid), nil
 	}
 	if numeric.MatchString(own) {
 		return "vm-" + own, nil
 	}
 	return own, nil
+}
+
+// nameable reports whether a VM can be called by a name. Bytes that are no text would be
+// told as others: by QEMU's monitor, for one, as the replacement character.
+func nameable(name string) bool {
+	return len(name) <= image.MaxNameBytes && utf8.ValidString(name) && !strings.ContainsAny(name, "/\x00\n\uFFFD")
 }
 
 // open connects, and looks at the machine as it is now.

@@ -2,6 +2,7 @@ package agent
 
 import (
 	"slices"
+	"strings"
 	"time"
 
 	"github.com/ckagent/ckagent/agent/capture"
@@ -32,8 +33,9 @@ type record struct {
 func (r *record) add(res *capture.Result, err error, mode string) {
 	c := &policy.Checkpoint{AtNs: r.attempted.UnixNano(), Mode: mode, Ok: err == nil}
 	if err != nil {
-		text := err.Error()
-		c.Error = text[:min(len(text), maxErrorText)]
+		// Policies are told by the wire, which takes nothing but UTF-8.
+		text := strings.ToValidUTF8(err.Error(), "?")
+		c.Error = strings.ToValidUTF8(text[:min(len(text), maxErrorText)], "")
 		r.lastError = text
 		r.failures++
 	} else {

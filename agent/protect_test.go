@@ -3,8 +3,12 @@ package agent
 import (
 	"context"
 	"errors"
+	"strings"
 	"testing"
 	"time"
+	"unicode/utf8"
+
+	"google.golang.org/protobuf/proto"
 
 	"github.com/ckagent/ckagent/agent/controller"
 	"github.com/ckagent/ckagent/agent/problem"
@@ -33,6 +37,43 @@ func TestWhatAFailureMeans(t *testing.T) {
 		if got := classOf(c.ctx, c.err); got != c.want {
 			t.Errorf("%v: %v, want %v", c.err, got, c.want)
 		}
+	}
+}
+
+// TestNames: what cannot be told by the name it has is called by its pid, and what an
+// operator asks for is refused.
+func TestNames(t *testing.T) {
+	long := strings.Repeat("x", 256)
+	for own, want := range map[string]string{"": "vm-7", "web": "web", "12": "vm-12", "bücher": "bücher",
+		"a/b": "vm-7", "b\xfccher": "vm-7", "b\uFFFDcher": "vm-7", long: "vm-7"} {
+		if got, err := chooseName("", own, 7); err != nil || got != want {
+			t.Errorf("%q: %q, %v; want %q", own, got, err, want)
+		}
+	}
+	if got, err := chooseName("db", "web", 7); err != nil || got != "db" {
+		t.Errorf("%q, %v", got, err)
+	}
+	for _, asked := range []string{"12", "a/b", "a\nb", "b\xfccher", long} {
+		if got, err := chooseName(asked, "web", 7); !problem.Is(err, problem.Usage) {
+			t.Errorf("%q: %q, %v", asked, got, err)
+		}
+	}
+}
+
+// TestWhatPoliciesAreToldOfFailures: the wire takes it, whatever bytes an error quotes and
+// wherever it is cut.
+func TestWhatPoliciesAreToldOfFailures(t *testing.T) {
+	var r record
+	for _, text := range []string{"open /srv/b\xfccher: gone", strings.Repeat("x", maxErrorText-1) + "ü"} {
+		r.add(nil, errors.New(text), "cow")
+	}
+	for _, c := range r.history {
+		if _, err := proto.Marshal(c); err != nil || c.Error == "" {
+			t.Errorf("%q: %v", c.Error, err)
+		}
+	}
+	if r.failures != 2 || !utf8.ValidString(r.lastError) {
+		t.Errorf("%+v", r)
 	}
 }
 

@@ -5,6 +5,7 @@ import (
 	"errors"
 	"fmt"
 	"maps"
+	"strings"
 	"sync"
 	"time"
 
@@ -317,7 +318,7 @@ func (s *Slot) without(signals *policy.Signals, began time.Time, inPlace bool, e
 		ferr = policy.Check(signals, d)
 	}
 	if ferr != nil { // signals that make no sense at all: protect rather than not
-		d = policy.Now("the signals make no sense: " + ferr.Error()[:min(len(ferr.Error()), 200)])
+		d = policy.Now("the signals make no sense: " + strings.ToValidUTF8(ferr.Error()[:min(len(ferr.Error()), 200)], ""))
 	}
 	if s.want != nil {
 		d = proto.CloneOf(d)

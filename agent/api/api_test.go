@@ -9,6 +9,7 @@ import (
 	"testing"
 
 	"go.uber.org/goleak"
+	"google.golang.org/protobuf/proto"
 
 	"github.com/ckagent/ckagent/agent/api/apipb"
 	"github.com/ckagent/ckagent/agent/problem"
@@ -16,17 +17,24 @@ import (
 
 func TestMain(m *testing.M) { goleak.VerifyTestMain(m) }
 
-// refuser answers every Status with an error.
-type refuser struct {
+// answerer answers every Status with an error, or with reply.
+type answerer struct {
 	apipb.UnimplementedAgentServer
-	err error
+	err   error
+	reply *apipb.StatusReply
 }
 
-func (r *refuser) Status(context.Context, *apipb.StatusRequest) (*apipb.StatusReply, error) {
-	return nil, ToStatus(r.err)
+func (a *answerer) Status(context.Context, *apipb.StatusRequest) (*apipb.StatusReply, error) {
+	return a.reply, ToStatus(a.err)
 }
 
-func TestErrorsCrossTheSocket(t *testing.T) {
+func (a *answerer) Checkpoint(_ *apipb.CheckpointRequest, stream apipb.Agent_CheckpointServer) error {
+	return stream.Send(&apipb.CheckpointEvent{Step: "a\xff", Detail: "b"})
+}
+
+// served is a client of a server that answers by a.
+func served(t *testing.T, a *answerer) apipb.AgentClient {
+	t.Helper()
 	path, err := SelfSocket(t.TempDir())
 	if err != nil {
 		t.Fatal(err)
@@ -35,20 +43,25 @@ func TestErrorsCrossTheSocket(t *testing.T) {
 	if err != nil {
 		t.Fatal(err)
 	}
-	r := &refuser{}
 	s := NewServer()
-	apipb.RegisterAgentServer(s, r)
-	served := make(chan error, 1)
-	go func() { served <- s.Serve(l) }()
-	defer func() {
+	apipb.RegisterAgentServer(s, a)
+	ended := make(chan error, 1)
+	go func() { ended <- s.Serve(l) }()
+	t.Cleanup(func() {
 		s.Stop()
-		<-served
-	}()
+		<-ended
+	})
 	conn, err := Dial(t.Context(), path)
 	if err != nil {
 		t.Fatal(err)
 	}
-	defer conn.Close()
+	t.Cleanup(func() { conn.Close() })
+	return apipb.NewAgentClient(conn)
+}
+
+func TestErrorsCrossTheSocket(t *testing.T) {
+	r := &answerer{}
+	c := served(t, r)
 	for _, want := range []error{
 		problem.New(problem.Refused, "set policy", "auto", "it asks for mode %q", "tlc").WithHint("another one"),
 		problem.New(problem.Busy, "checkpoint", "VM web", "under way"),
@@ -57,7 +70,7 @@ func TestErrorsCrossTheSocket(t *testing.T) {
 		context.Canceled,
 	} {
 		r.err = want
-		_, err := apipb.NewAgentClient(conn).Status(t.Context(), &apipb.StatusRequest{})
+		_, err := c.Status(t.Context(), &apipb.StatusRequest{})
 		got := FromStatus("status", err)
 		if problem.CodeOf(got) != problem.CodeOf(want) || problem.ExitCode(got) != problem.ExitCode(want) {
 			t.Errorf("%v became %v", want, got)
@@ -70,6 +83,44 @@ func TestErrorsCrossTheSocket(t *testing.T) {
 	}
 	if FromStatus("status", nil) != nil || ToStatus(nil) != nil {
 		t.Error("no error became one")
+	}
+}
+
+// TestTextThatIsNone: what is not UTF-8 costs no answer and no code, and what was answered
+// with stays as it is.
+func TestTextThatIsNone(t *testing.T) {
+	const bad, good = "/srv/b\xfccher", "/srv/b?cher"
+	reply := &apipb.StatusReply{Vms: []*apipb.VMStatus{{Vm: "web"}, {Vm: bad, LastError: "ä", Degraded: []string{"x", bad},
+		Policy: &apipb.Policy{Trouble: bad, Params: map[string]string{"a": bad, bad: "b", "c": "d"}}}}}
+	a := &answerer{reply: reply}
+	c := served(t, a)
+	r, err := c.Status(t.Context(), &apipb.StatusRequest{})
+	if err != nil {
+		t.Fatal(err)
+	}
+	want := &apipb.StatusReply{Vms: []*apipb.VMStatus{{Vm: "web"}, {Vm: good, LastError: "ä", Degraded: []string{"x", good},
+		Policy: &apipb.Policy{Trouble: good, Params: map[string]string{"a": good, good: "b", "c": "d"}}}}}
+	if !proto.Equal(r, want) {
+		t.Errorf("%v", r)
+	}
+	if reply.Vms[1].Vm != bad || reply.Vms[1].Policy.Params[bad] != "b" {
+		t.Errorf("what was answered with was changed: %v", reply)
+	}
+	if Readable(want) != want {
+		t.Error("what is readable was copied")
+	}
+	a.err = problem.New(problem.Refused, "open", bad, "no %s", bad).WithHint("rm %s", bad)
+	_, err = c.Status(t.Context(), &apipb.StatusRequest{})
+	e, ok := errors.AsType[*problem.Error](FromStatus("status", err))
+	if !ok || e.Code != problem.Refused || e.Object != good || e.Hint != "rm "+good {
+		t.Errorf("%#v", e)
+	}
+	stream, err := c.Checkpoint(t.Context(), &apipb.CheckpointRequest{})
+	if err != nil {
+		t.Fatal(err)
+	}
+	if ev, err := stream.Recv(); err != nil || ev.GetStep() != "a?" || ev.GetDetail() != "b" {
+		t.Errorf("%v, %v", ev, err)
 	}
 }
 

@@ -8,5 +8,6 @@
 //
 // Failure modes. Errors cross the socket as a gRPC status with a Problem as its
 // detail, so that a command ends with the same code and hint as if it had done the
-// work itself. A socket nobody answers on is problem.NoDaemon.
+// work itself. A socket nobody answers on is problem.NoDaemon. Text that is not UTF-8, as of a
+// path or a program, crosses it as question marks.
 package api

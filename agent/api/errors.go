@@ -36,9 +36,10 @@ func ToStatus(err error) error {
 	if !ok {
 		code = codes.Unknown
 	}
-	st, failed := status.New(code, err.Error()).WithDetails(p)
+	text := question(err.Error())
+	st, failed := status.New(code, text).WithDetails(Readable(p))
 	if failed != nil {
-		return status.Error(code, err.Error())
+		return status.Error(code, text)
 	}
 	return st.Err()
 }

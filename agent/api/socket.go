@@ -136,7 +136,7 @@ func DialTLS(address string, cfg *tls.Config) (*grpc.ClientConn, error) {
 	return conn, nil
 }
 
-// NewServer is a gRPC server with the limits of this package.
+// NewServer is a gRPC server with the limits of this package, whose replies are Readable.
 func NewServer(more ...grpc.ServerOption) *grpc.Server {
-	return grpc.NewServer(append(more, grpc.MaxRecvMsgSize(MaxMessageBytes), grpc.MaxConcurrentStreams(64))...)
+	return grpc.NewServer(append(append(more, readableReplies...), grpc.MaxRecvMsgSize(MaxMessageBytes), grpc.MaxConcurrentStreams(64))...)
 }

@@ -3,6 +3,7 @@ package metrics
 import (
 	"context"
 	"strconv"
+	"strings"
 	"sync"
 	"time"
 
@@ -90,12 +91,16 @@ func (c *Collector) Describe(chan<- *prometheus.Desc) {}
 
 // Collect makes the series.
 func (c *Collector) Collect(out chan<- prometheus.Metric) {
-	gauge := func(d *prometheus.Desc, v float64, labels ...string) {
-		out <- prometheus.MustNewConstMetric(d, prometheus.GaugeValue, v, labels...)
+	sendAs := func(kind prometheus.ValueType) send {
+		return func(d *prometheus.Desc, v float64, labels ...string) {
+			text := make([]string, len(labels))
+			for i, l := range labels { // interfaces and strangers' QEMUs may be called by any bytes
+				text[i] = strings.ToValidUTF8(l, "?")
+			}
+			out <- prometheus.MustNewConstMetric(d, kind, v, text...)
+		}
 	}
-	total := func(d *prometheus.Desc, v float64, labels ...string) {
-		out <- prometheus.MustNewConstMetric(d, prometheus.CounterValue, v, labels...)
-	}
+	gauge, total := sendAs(prometheus.GaugeValue), sendAs(prometheus.CounterValue)
 	s := c.src.Snapshot()
 	for _, l := range s.Missing {
 		gauge(missing, 1, l.Program)

@@ -27,6 +27,8 @@ func snapshot() signals.Snapshot {
 			Network: []signals.Network{{Device: "tap0", InBytes: 10, OutBytes: 20, Requests: 5, Answers: 4, Pending: 1}, {Device: "sockets", Estimate: true}},
 			Disk:    &signals.Disk{Bytes: 4096, Writes: 1}},
 		{PID: 8}, // nothing known but that it is there
+		// Anybody on the host may call a QEMU by such bytes.
+		{PID: 9, VM: "b\xfccher", Network: []signals.Network{{Device: "tap\xff", Requests: 6}}},
 	}}
 }
 
@@ -40,12 +42,14 @@ ckagent_vm_dirty_pages_per_second{pid="7",vm="web"} 2000
 # TYPE ckagent_vm_protected gauge
 ckagent_vm_protected{pid="7",vm="web"} 1
 ckagent_vm_protected{pid="8",vm="8"} 0
+ckagent_vm_protected{pid="9",vm="b?cher"} 0
 # HELP ckagent_vm_vcpu_wait_seconds_total Time a vCPU was ready and the host had no processor for it.
 # TYPE ckagent_vm_vcpu_wait_seconds_total counter
 ckagent_vm_vcpu_wait_seconds_total{pid="7",vcpu="0",vm="web"} 0.5
 # HELP ckagent_vm_network_requests_total TCP requests to the VM.
 # TYPE ckagent_vm_network_requests_total counter
 ckagent_vm_network_requests_total{device="tap0",pid="7",vm="web"} 5
+ckagent_vm_network_requests_total{device="tap?",pid="9",vm="b?cher"} 6
 # HELP ckagent_signal_missing 1 for each signal that this host does not give.
 # TYPE ckagent_signal_missing gauge
 ckagent_signal_missing{program="net"} 1
