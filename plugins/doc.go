@@ -13,8 +13,9 @@
 // signals, and only then puts it in N's place; N ends when its last call has
 // returned. If any of this fails N stays. A program that crashes, hangs, floods or
 // answers what policy.Check refuses loses its place to the built-in fallback (the
-// policy fixed, in this process) and is started again, later every time. Slot.Decide
-// never fails and takes policy.Deadline at most.
+// policy fixed, in this process) and is started again, later every time; so is one that was
+// insisted on and did not come up (Slot.Insist). Slot.Decide never fails and takes
+// policy.Deadline at most.
 //
 // # Concurrency
 //

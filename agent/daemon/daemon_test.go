@@ -99,7 +99,9 @@ func TestState(t *testing.T) {
 	a := Record{Schema: recordSchema, Name: "a/b c", PID: 7, StartTicks: 9, BootID: "x", Since: time.Now().UTC().Round(0), Proven: true,
 		Spec: &apipb.Spec{Policy: "auto", Params: map[string]string{"k": "v"}}, Ending: &apipb.Ending{How: "crashed"}, Rehearsal: &apipb.Rehearsal{Ok: true}}
 	b := Record{Schema: recordSchema, Name: "b", PID: 8, Spec: &apipb.Spec{}, Since: a.Since}
-	for _, r := range []Record{a, b} {
+	dotted := Record{Schema: recordSchema, Name: ".new-1", PID: 9, Spec: &apipb.Spec{}, Since: a.Since}
+	bytes := Record{Schema: recordSchema, Name: "c/d", PID: 10, Spec: &apipb.Spec{}, Since: a.Since, Ending: &apipb.Ending{How: "crashed", Detail: "of \xff"}}
+	for _, r := range []Record{a, b, dotted, bytes} {
 		if err := s.Save(r); err != nil {
 			t.Fatal(err)
 		}
@@ -117,14 +119,15 @@ func TestState(t *testing.T) {
 		t.Fatal(err)
 	}
 	defer s.Close()
-	if left, _ := filepath.Glob(filepath.Join(dir, ".new-*")); len(left) > 0 {
-		t.Errorf("left: %v", left)
+	if _, err := os.Stat(filepath.Join(dir, ".new-1")); !os.IsNotExist(err) {
+		t.Errorf("what a killed writer left is there: %v", err)
 	}
 	list, err := s.Read()
 	if !problem.Is(err, problem.Integrity) || !strings.Contains(err.Error(), "c.json") || !strings.Contains(err.Error(), "d.json") {
 		t.Errorf("damage is not told: %v", err)
 	}
-	if diff := cmp.Diff([]Record{a, b}, list, protocmp.Transform()); diff != "" {
+	bytes.Ending = &apipb.Ending{How: "crashed", Detail: "of ?"}
+	if diff := cmp.Diff([]Record{dotted, a, b, bytes}, list, protocmp.Transform()); diff != "" {
 		t.Errorf("%s", diff)
 	}
 	if err := s.Remove("a/b c"); err != nil {

@@ -32,5 +32,6 @@
 //
 // Daemon.mu guards the table of VMs and is held for no call that waits. Each VM has one
 // goroutine, which owns its record; ward.mu guards what others read of it and is taken
-// after Daemon.mu.
+// after Daemon.mu. Whoever replaces a VM's policy holds ward.setting, and whoever writes its
+// record ward.keep, in this order and before ward.mu.
 package daemon

@@ -15,6 +15,7 @@ import (
 	"google.golang.org/protobuf/encoding/protojson"
 	"google.golang.org/protobuf/proto"
 
+	"github.com/ckagent/ckagent/agent/api"
 	"github.com/ckagent/ckagent/agent/api/apipb"
 	"github.com/ckagent/ckagent/agent/problem"
 	"github.com/ckagent/ckagent/agent/procstat"
@@ -108,8 +109,8 @@ func OpenState(dir string) (*State, error) {
 		}
 		return nil, errors.Join(problem.New(code, op, dir, "%w", err).WithHint("one ckagent daemon runs on it at a time"), f.Close())
 	}
-	// Left by one that was killed while it wrote.
-	stale, err := filepath.Glob(filepath.Join(dir, ".new-*"))
+	// Left by one that was killed while it wrote. Records have an end to their names.
+	stale, err := filepath.Glob(filepath.Join(dir, ".new-*[0-9]"))
 	for _, path := range stale {
 		err = errors.Join(err, os.Remove(path))
 	}
@@ -132,12 +133,12 @@ func (s *State) Save(r Record) (err error) {
 		return problem.New(problem.Failed, op, "VM "+r.Name, "%w", err)
 	}
 	if r.Ending != nil {
-		if f.Ending, err = protojson.Marshal(r.Ending); err != nil {
+		if f.Ending, err = protojson.Marshal(api.Readable(r.Ending)); err != nil {
 			return problem.New(problem.Failed, op, "VM "+r.Name, "%w", err)
 		}
 	}
 	if r.Rehearsal != nil {
-		if f.Rehearsal, err = protojson.Marshal(r.Rehearsal); err != nil {
+		if f.Rehearsal, err = protojson.Marshal(api.Readable(r.Rehearsal)); err != nil {
 			return problem.New(problem.Failed, op, "VM "+r.Name, "%w", err)
 		}
 	}

@@ -40,6 +40,8 @@ type ward struct {
 
 	dirty atomic.Pointer[sampled] // nil: not sampled yet
 
+	setting sync.Mutex // held while the policy is replaced; before keep
+
 	keep sync.Mutex // held while the record is written; before mu
 	mu   sync.Mutex
 	rec  Record
@@ -275,8 +277,11 @@ func (w *ward) attachOnce(ctx context.Context, log *slog.Logger) (_ *agent.VM, _
 	return v, p, slot, nil
 }
 
-// setPolicy replaces the VM's policy, and keeps that for the next daemon.
+// setPolicy replaces the VM's policy, and keeps that for the next daemon: of two at the same
+// time the one that is in charge is kept.
 func (w *ward) setPolicy(ctx context.Context, p *agent.Protector, ref string, params map[string]string) (plugins.Verdict, error) {
+	w.setting.Lock()
+	defer w.setting.Unlock()
 	v, err := p.SetPolicy(ctx, ref, params)
 	if err != nil {
 		return v, err
