@@ -1,7 +1,6 @@
 package agent
 
 import (
-	"slices"
 	"strings"
 	"time"
 
@@ -45,6 +44,7 @@ func (r *record) add(res *capture.Result, err error, mode string) {
 		c.AtNs = m.CreatedAt.UnixNano()
 		c.PauseNs, c.TotalNs, c.StoredBytes, c.RawBytes, c.CapturedPages = st.PauseNS, st.TotalNS, st.StoredBytes, st.RAMBytes, st.CapturedPages
 		c.ScanNs = res.Capture.ScanNS
+		c.LeadNs, c.CommitNs = max(0, m.CreatedAt.Sub(r.attempted).Nanoseconds()), max(0, time.Since(m.CreatedAt).Nanoseconds())
 		r.success, r.newest, r.failures, r.lastError = m.CreatedAt, m.ID, 0, ""
 		r.taken++
 		r.retaken = res.Retaken
@@ -67,7 +67,7 @@ func (p *Protector) signals() *policy.Signals {
 		Vm: &policypb.VM{Name: p.v.Name, RamBytes: r.ramBytes, UsedBytes: r.usedBytes,
 			Vcpus: int32(p.machine.VCPUs), Accel: p.machine.Accel},
 		History:      append([]*policy.Checkpoint{}, r.history...),
-		Host:         &policypb.Host{StoreBytesPerSecond: r.storeSpeed()},
+		Host:         &policypb.Host{StoreBytesPerSecond: policy.StoreSpeed(r.history)},
 		Capabilities: p.capabilities(),
 		Last:         p.verdict.Decision,
 	}
@@ -78,25 +78,6 @@ func (p *Protector) signals() *policy.Signals {
 		s.LastSuccessNs = r.success.UnixNano()
 	}
 	return s
-}
-
-// speedOf is how many checkpoints the store's speed is the median of.
-const speedOf = 8
-
-// storeSpeed is how many bytes of a checkpoint are stored per second, as the last ones
-// were: the least of what the scan, compression and the store can do. 0: not known.
-func (r *record) storeSpeed() float64 {
-	var speeds []float64
-	for _, c := range slices.Backward(r.history) {
-		if c.GetOk() && c.GetTotalNs() > 0 && len(speeds) < speedOf {
-			speeds = append(speeds, float64(c.GetStoredBytes())/time.Duration(c.GetTotalNs()).Seconds())
-		}
-	}
-	if len(speeds) == 0 {
-		return 0
-	}
-	slices.Sort(speeds)
-	return speeds[len(speeds)/2]
 }
 
 // capabilities are what a policy may ask for: what there is, and what the operator

@@ -784,6 +784,10 @@ type Checkpoint struct {
 	WorkLostShare float64                `protobuf:"fixed64,12,opt,name=work_lost_share,json=workLostShare,proto3" json:"work_lost_share,omitempty"` // of the guest's work while it ran; 0 if not measured
 	Parent        string                 `protobuf:"bytes,13,opt,name=parent,proto3" json:"parent,omitempty"`
 	ScanNs        int64                  `protobuf:"varint,14,opt,name=scan_ns,json=scanNs,proto3" json:"scan_ns,omitempty"` // of total_ns: how long it passed over memory; 0: not known
+	// From when it was begun to its stopped instant, with what was begun again; and from
+	// there until it was committed, and counts. 0: not known.
+	LeadNs        int64 `protobuf:"varint,15,opt,name=lead_ns,json=leadNs,proto3" json:"lead_ns,omitempty"`
+	CommitNs      int64 `protobuf:"varint,16,opt,name=commit_ns,json=commitNs,proto3" json:"commit_ns,omitempty"`
 	unknownFields protoimpl.UnknownFields
 	sizeCache     protoimpl.SizeCache
 }
@@ -912,6 +916,20 @@ func (x *Checkpoint) GetParent() string {
 func (x *Checkpoint) GetScanNs() int64 {
 	if x != nil {
 		return x.ScanNs
+	}
+	return 0
+}
+
+func (x *Checkpoint) GetLeadNs() int64 {
+	if x != nil {
+		return x.LeadNs
+	}
+	return 0
+}
+
+func (x *Checkpoint) GetCommitNs() int64 {
+	if x != nil {
+		return x.CommitNs
 	}
 	return 0
 }
@@ -1398,7 +1416,7 @@ const file_policy_proto_rawDesc = "" +
 	"\x04Disk\x127\n" +
 	"\x18written_bytes_per_second\x18\x01 \x01(\x01R\x15writtenBytesPerSecond\x12*\n" +
 	"\x11writes_per_second\x18\x02 \x01(\x01R\x0fwritesPerSecond\x12C\n" +
-	"\x1ewritten_since_checkpoint_bytes\x18\x03 \x01(\x04R\x1bwrittenSinceCheckpointBytes\"\xf9\x02\n" +
+	"\x1ewritten_since_checkpoint_bytes\x18\x03 \x01(\x04R\x1bwrittenSinceCheckpointBytes\"\xaf\x03\n" +
 	"\n" +
 	"Checkpoint\x12\x0e\n" +
 	"\x02id\x18\x01 \x01(\tR\x02id\x12\x13\n" +
@@ -1415,7 +1433,9 @@ const file_policy_proto_rawDesc = "" +
 	"\x0ecaptured_pages\x18\v \x01(\x04R\rcapturedPages\x12&\n" +
 	"\x0fwork_lost_share\x18\f \x01(\x01R\rworkLostShare\x12\x16\n" +
 	"\x06parent\x18\r \x01(\tR\x06parent\x12\x17\n" +
-	"\ascan_ns\x18\x0e \x01(\x03R\x06scanNs\"\x9c\x02\n" +
+	"\ascan_ns\x18\x0e \x01(\x03R\x06scanNs\x12\x17\n" +
+	"\alead_ns\x18\x0f \x01(\x03R\x06leadNs\x12\x1b\n" +
+	"\tcommit_ns\x18\x10 \x01(\x03R\bcommitNs\"\x9c\x02\n" +
 	"\x04Host\x123\n" +
 	"\x16store_bytes_per_second\x18\x01 \x01(\x01R\x13storeBytesPerSecond\x127\n" +
 	"\x18network_bytes_per_second\x18\x02 \x01(\x01R\x15networkBytesPerSecond\x12.\n" +
