@@ -52,7 +52,7 @@ func (a *auto) Decide(s *policy.Signals) (*policy.Decision, error) {
 	if floor := model.Within(a.overhead, t); floor > t {
 		t, why = floor, fmt.Sprintf("at most %.2g %% of the guest's time", 100*a.overhead)
 	}
-	if floor := a.storeFloor(s); floor > t && !math.IsInf(floor, 1) {
+	if floor := a.storeFloor(s, model.Commit(t)); floor > t && !math.IsInf(floor, 1) {
 		t, why = floor, "as often as the store keeps up"
 	}
 	t = bounded(s, max(t, a.shortest), a.longest)
@@ -75,8 +75,9 @@ func rests(s *policy.Signals) bool {
 	return s.GetNetwork().GetIdleShare() > 0 && s.GetCpu().GetBusyShare() < neverIdle
 }
 
-// storeFloor is the interval from which on the store keeps up with half its speed.
-func (a *auto) storeFloor(s *policy.Signals) float64 {
+// storeFloor is the interval from which on the store keeps up with half its speed, where a
+// checkpoint takes so many seconds.
+func (a *auto) storeFloor(s *policy.Signals, took float64) float64 {
 	bw := s.GetHost().GetStoreBytesPerSecond() / 2
 	switch {
 	case bw <= 0:
@@ -84,7 +85,9 @@ func (a *auto) storeFloor(s *policy.Signals) float64 {
 	case s.GetCapabilities().GetIncremental():
 		return formula.Bandwidth(curve(s), bytesPerPage(s), bw)
 	}
-	return float64(s.GetVm().GetUsedBytes()) / bw
+	// Not what is in use over the speed: that is of what was stored, which is less where
+	// pages are packed, or a checkpoint continues the one before it.
+	return 2 * took
 }
 
 // chooseMode is the gentlest mode there is that did not just fail again and again.

@@ -243,3 +243,20 @@ func TestNow(t *testing.T) {
 		t.Errorf("tau %v, want %v", got, want)
 	}
 }
+
+// TestStoreThatKeepsUp: auto's store is taken to keep up with checkpoints as long as they
+// take, however little of what is in use each of them stores.
+func TestStoreThatKeepsUp(t *testing.T) {
+	params := map[string]string{"shortest": "100ms", "overhead": "1", "mtbf": "1s"}
+	for _, stored := range []uint64{2 << 30, 20 << 20} {
+		s := server()
+		s.Capabilities.MinIntervalNs, s.Capabilities.IdleSlots, s.Host.FailuresPerSecond = 1, false, 1
+		for _, c := range s.History {
+			c.StoredBytes = stored
+		}
+		s.Host.StoreBytesPerSecond = policy.StoreSpeed(s.History)
+		if d := decide(t, "auto", s, params); d.GetIntervalNs() != 8e9 || !strings.Contains(d.GetReason(), "store keeps up") {
+			t.Errorf("%d bytes in 4 s each: %s", stored, d.GetReason())
+		}
+	}
+}
