@@ -42,7 +42,7 @@ func newPolicyReplayCommand(a *app, dir *string) *cobra.Command {
 	f.StringArrayVar(&o.policies, "policy", nil, "policy to run; may be repeated (default: "+shipped.Default+")")
 	paramFlag(c, &o.params)
 	f.DurationVar(&o.mtbf, "mtbf", 0, "mean time between failures (default: the trace's)")
-	f.DurationVar(&o.fixed, "cost", replay.DefaultModel.Fixed, "what a checkpoint takes of the guest's time whatever is written")
+	f.DurationVar(&o.fixed, "cost", replay.DefaultModel.Fixed, "what a checkpoint takes of the guest's time whatever is written; this and the next three where the trace tells of no checkpoints")
 	f.DurationVar(&o.perPage, "cost-per-page", replay.DefaultModel.PerPage, "more for each page written first while it is taken")
 	f.Float64Var(&o.speed, "store-speed", replay.DefaultModel.StoreBytesPerSecond, "bytes a checkpoint is written at per second, where the trace does not say")
 	f.Float64Var(&o.scan, "scan-share", 1, "share of a checkpoint's duration in which it passes over memory")

@@ -5,7 +5,14 @@
 // of now_ns; between two lines the former holds. History and the last decision are
 // those of the replay, not the recorded ones.
 //
-// The model. A checkpoint begins when the policy wants it. It takes the time in which
+// What a checkpoint takes is what the newest one did that the line's history tells of, in
+// everything: its pause, how long it took to its instant and from there, its bytes, the
+// pages that were saved. So a trace of a VM that was protected (`attach --record`) needs no
+// figures by hand. It holds for checkpoints of the same kind: those that continue others
+// are taken to store as much at any interval, and modes to cost the same.
+//
+// The model, for lines without history. A checkpoint begins when the policy wants it, and
+// that is its instant. It takes the time in which
 // the store takes its bytes: all that is in use, or with incremental checkpoints what
 // was written since the last. The guest loses Model.Fixed and, for each page it writes
 // before the scan that passes over memory meanwhile (for Model.ScanShare of that time) has

@@ -5,6 +5,7 @@ import (
 	"errors"
 	"fmt"
 	"math"
+	"slices"
 	"time"
 
 	"google.golang.org/protobuf/proto"
@@ -15,7 +16,7 @@ import (
 	"github.com/ckagent/ckagent/plugins/policy/shipped"
 )
 
-// Model is what checkpoints cost.
+// Model is what checkpoints cost where the trace tells of none that were taken.
 type Model struct {
 	Fixed   time.Duration // of the guest's work, whatever it writes
 	PerPage time.Duration // more for each page that is written before it was copied
@@ -131,12 +132,16 @@ func (r *run) signals() *policy.Signals {
 	s := &policy.Signals{Vm: line.GetVm(), Memory: line.GetMemory(), Network: line.GetNetwork(), Cpu: line.GetCpu(), Disk: line.GetDisk(),
 		Host: line.GetHost(), Capabilities: line.GetCapabilities(), NowNs: r.now, ProtectedSinceNs: r.trace[0].GetNowNs(),
 		History: r.history[max(0, len(r.history)-history):], Last: r.decision}
-	if unknown := !(s.GetHost().GetStoreBytesPerSecond() > 0); unknown || r.model.FailuresPerSecond > 0 {
+	unknown, witnessed := !(s.GetHost().GetStoreBytesPerSecond() > 0), len(line.GetHistory()) > 0
+	if unknown || witnessed || r.model.FailuresPerSecond > 0 {
 		s.Host = proto.CloneOf(line.GetHost())
 		if s.Host == nil {
 			s.Host = &policypb.Host{}
 		}
-		if unknown {
+		switch {
+		case witnessed: // as an agent knows it, which is from what it took
+			s.Host.StoreBytesPerSecond = policy.StoreSpeed(r.history)
+		case unknown:
 			s.Host.StoreBytesPerSecond = r.model.StoreBytesPerSecond
 		}
 		if r.model.FailuresPerSecond > 0 {
@@ -187,6 +192,44 @@ func (r *run) failures() float64 {
 
 func (r *run) checkpoint(at int64, d *policy.Decision) {
 	line := r.trace[r.at]
+	c := witnessed(line)
+	lost := 0.0
+	if c != nil {
+		lost = shipped.Lost(c)
+	} else {
+		c, lost = r.imagined(line, at)
+	}
+	c.AtNs, c.Mode = at+c.GetLeadNs(), d.GetMode()
+	whole := c.GetAtNs() + c.GetCommitNs()
+	// Until it is whole a failure goes back to the one before.
+	r.expose(whole)
+	r.res.MaxLossNS = max(r.res.MaxLossNS, whole-r.committed)
+	r.committed = c.GetAtNs()
+	r.history = append(r.history, c)
+	r.res.Checkpoints = append(r.res.Checkpoints, Taken{AtNS: c.GetAtNs(), TotalNS: c.GetTotalNs(), LostNS: nanos(lost), Bytes: c.GetStoredBytes(), Mode: d.GetMode(), Reason: d.GetReason()})
+	r.res.Bytes += c.GetStoredBytes()
+	r.now = max(whole, at+int64(time.Millisecond))
+}
+
+// witnessed is the newest checkpoint that a line tells of, as one that is taken while the
+// line holds; nil if it tells of none.
+func witnessed(line *policy.Signals) *policy.Checkpoint {
+	for _, c := range slices.Backward(line.GetHistory()) {
+		if !c.GetOk() {
+			continue
+		}
+		c = proto.CloneOf(c)
+		c.Id, c.Parent = "", ""
+		if c.GetCommitNs() <= 0 {
+			c.CommitNs = max(0, c.GetTotalNs()-c.GetLeadNs())
+		}
+		return c
+	}
+	return nil
+}
+
+// imagined is a checkpoint as the model has it, and the guest's time it takes.
+func (r *run) imagined(line *policy.Signals, at int64) (*policy.Checkpoint, float64) {
 	curve := shipped.Curve(line)
 	store := line.GetHost().GetStoreBytesPerSecond()
 	if !(store > 0) {
@@ -197,16 +240,8 @@ func (r *run) checkpoint(at int64, d *policy.Decision) {
 		bytes = min(bytes, curve.Dirty(seconds(at-r.history[n-1].GetAtNs()))*pageBytes)
 	}
 	lost, total, scan := cost(curve, bytes, store, r.model)
-	c := Taken{AtNS: at, TotalNS: nanos(total), LostNS: nanos(lost), Bytes: uint64(bytes), Mode: d.GetMode(), Reason: d.GetReason()}
-	// Until it is whole a failure goes back to the one before.
-	r.expose(at + c.TotalNS)
-	r.res.MaxLossNS = max(r.res.MaxLossNS, at+c.TotalNS-r.committed)
-	r.committed = at
-	r.history = append(r.history, &policy.Checkpoint{AtNs: at, Ok: true, Mode: d.GetMode(), PauseNs: int64(r.model.Fixed), TotalNs: c.TotalNS,
-		StoredBytes: c.Bytes, RawBytes: c.Bytes, CapturedPages: uint64(curve.Met(scan)), ScanNs: nanos(scan), WorkLostShare: (lost - r.model.Fixed.Seconds()) / total})
-	r.res.Checkpoints = append(r.res.Checkpoints, c)
-	r.res.Bytes += c.Bytes
-	r.now = at + max(c.TotalNS, int64(time.Millisecond))
+	return &policy.Checkpoint{Ok: true, PauseNs: int64(r.model.Fixed), TotalNs: nanos(total), CommitNs: nanos(total), StoredBytes: uint64(bytes), RawBytes: uint64(bytes),
+		CapturedPages: uint64(curve.Met(scan)), ScanNs: nanos(scan), WorkLostShare: (lost - r.model.Fixed.Seconds()) / total}, lost
 }
 
 // cost is the guest's time that a checkpoint of so many bytes takes, its own, and that of

@@ -102,3 +102,53 @@ func TestRepeat(t *testing.T) {
 		t.Errorf("%v of %v, once %v of %v", thrice.Cost, thrice.DurationNS, once.Cost, once.DurationNS)
 	}
 }
+
+// TestWitnessed is a replay of a trace that tells of checkpoints, whatever the model says:
+// 100 s, a checkpoint 10 s after the one before, of which each is half a second old when
+// its instant comes and whole 2 s later.
+func TestWitnessed(t *testing.T) {
+	seen := []*policy.Checkpoint{{AtNs: start - 5e9, Ok: true, PauseNs: 30e6, TotalNs: 2e9, StoredBytes: 5e6, LeadNs: 500e6, CommitNs: 2e9, WorkLostShare: 0.01},
+		{AtNs: start - 1e9, Error: "busy"}}
+	var trace []*policy.Signals
+	for i := range 2 {
+		trace = append(trace, &policy.Signals{NowNs: start + int64(i)*50e9, Vm: &policypb.VM{UsedBytes: 1e9}, History: seen,
+			Host: &policypb.Host{StoreBytesPerSecond: 1, FailuresPerSecond: 1e-4}})
+	}
+	p, err := shipped.NewFixed(map[string]string{"interval": "10s"})
+	if err != nil {
+		t.Fatal(err)
+	}
+	told := &listener{Policy: p}
+	res, err := Run(t.Context(), trace, InProcess{told}, Model{Fixed: time.Second, PerPage: time.Second, StoreBytesPerSecond: 1})
+	if err != nil {
+		t.Fatal(err)
+	}
+	// At 0.5, 11, 21.5, ... 95.
+	n := len(res.Checkpoints)
+	if n != 10 || res.Bytes != 50e6 || res.Checkpoints[n-1].AtNS != start+95e9 || res.Checkpoints[0].LostNS != 50e6 {
+		t.Errorf("%d checkpoints, %d bytes, %+v", n, res.Bytes, res.Checkpoints)
+	}
+	// Ages run from 0 to 2.5 s, nine times from 2 to 12.5 s, and from 2 to 5 s.
+	age := 2.5*2.5/2 + 9*(12.5*12.5-4)/2 + (25-4)/2.0
+	if mean := float64(res.MeanLossNS) / 1e9; math.Abs(mean-age/100) > 1e-6 || res.MaxLossNS != 12.5e9 || math.Abs(res.Overhead-0.005) > 1e-9 {
+		t.Errorf("mean loss %v, want %v; worst %v; overhead %v", mean, age/100, res.MaxLossNS, res.Overhead)
+	}
+	last := told.last.GetHistory()
+	if len(last) == 0 || last[0].GetTotalNs() != 2e9 || last[0].GetLeadNs() != 500e6 || told.last.GetHost().GetStoreBytesPerSecond() != 2.5e6 {
+		t.Errorf("the policy was told %v", told.last)
+	}
+	if seen[0].GetAtNs() != start-5e9 || trace[0].GetHost().GetStoreBytesPerSecond() != 1 {
+		t.Error("the trace was changed")
+	}
+}
+
+// listener keeps what its policy was told last.
+type listener struct {
+	policy.Policy
+	last *policy.Signals
+}
+
+func (l *listener) Decide(s *policy.Signals) (*policy.Decision, error) {
+	l.last = s
+	return l.Policy.Decide(s)
+}

@@ -22,6 +22,9 @@ const (
 // work lost while it was written.
 func lost(c *policy.Checkpoint) float64 { return seconds(c.GetPauseNs()) + lostWriting(c) }
 
+// Lost is the guest's time that a checkpoint took away, in seconds, as policies reckon it.
+func Lost(c *policy.Checkpoint) float64 { return lost(c) }
+
 func lostWriting(c *policy.Checkpoint) float64 {
 	if share := c.GetWorkLostShare(); share > 0 {
 		return seconds(c.GetTotalNs()) * share
