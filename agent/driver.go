@@ -167,7 +167,11 @@ func (d *driver) carryOut() {
 
 // ask asks the policy.
 func (d *driver) ask() {
-	v := d.p.Slot.Decide(d.ctx, d.signals())
+	s := d.signals()
+	if d.p.Asked != nil {
+		d.p.Asked(s)
+	}
+	v := d.p.Slot.Decide(d.ctx, s)
 	if d.ctx.Err() != nil {
 		return // nobody acts on it
 	}

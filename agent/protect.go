@@ -42,6 +42,8 @@ type Protection struct {
 	Proven bool
 	// Measure adds what is known of the VM from outside to the signals; nil: nothing is.
 	Measure func(*policy.Signals)
+	// Asked is told what the policy is, each time it is asked; nil: nobody is.
+	Asked func(*policy.Signals)
 	// Died is told how the VM ended, unless OnDeath is Nothing. Revive brings a crashed
 	// VM back and returns its new process; it is needed for OnDeath Restore.
 	Died   func(*apipb.Ending)

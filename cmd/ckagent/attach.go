@@ -29,6 +29,7 @@ type attachOptions struct {
 	params    []string
 
 	foreground bool
+	record     string
 	onDeath    string
 	rehearse   time.Duration
 	track      bool
@@ -49,6 +50,7 @@ func newAttachCommand(a *app) *cobra.Command {
 	f.DurationVar(&o.interval, "interval", agent.DefaultInterval, "time between two checkpoints; with --policy, while that does not serve")
 	f.BoolVar(&o.once, "once", false, "take one checkpoint and end")
 	f.BoolVar(&o.foreground, "foreground", false, "protect it by this command even where a daemon runs")
+	f.StringVar(&o.record, "record", "", "with --foreground, write a trace for policy replay: what the policy is told, each time it is asked")
 	f.StringVar(&o.policy, "policy", "", "an installed policy, by name or path (default: "+shipped.Default+" where it is installed)")
 	f.StringVar(&o.policyDir, "policy-dir", "", policyDirHelp)
 	f.StringVar(&o.onDeath, "on-death", "", "when the VM crashes: notify (default), restore or none; restore needs the daemon")
@@ -81,6 +83,9 @@ func runAttach(c *cobra.Command, a *app, o *attachOptions, arg string) error {
 	}
 	if _, _, err := agent.Planned(s); err != nil {
 		return err
+	}
+	if o.record != "" && !o.foreground {
+		return usageError("--record wants --foreground")
 	}
 	if o.foreground {
 		return a.attachHere(c, o, s, pid)
@@ -156,6 +161,14 @@ func (a *app) attachHere(c *cobra.Command, o *attachOptions, s *apipb.Spec, pid 
 	}
 	p.Failed = func(err error) { a.log.Error("checkpoint failed", "code", problem.CodeOf(err), "error", err) }
 	p.Decided = a.decided
+	if o.record != "" {
+		r, rerr := recordAsking(o.record)
+		if rerr != nil {
+			return rerr
+		}
+		defer func() { err = errors.Join(err, r.close()) }()
+		p.Asked = r.asked
+	}
 	protector := v.Protect(st, p)
 	if name := o.wanted(c, registry); name != "" {
 		if _, err := protector.SetPolicy(c.Context(), name, s.GetParams()); err != nil {

@@ -89,12 +89,14 @@ func TestPolicies(t *testing.T) {
 		t.Errorf("described: %+v", d)
 	}
 	x.fails(t, exitUsage, []string{"interval"}, "policy", "describe", "fixed", "--param", "interval=soon", "--policy-dir", dir)
+	x.fails(t, exitUsage, []string{"--foreground"}, "attach", "1", "--record", filepath.Join(programs, "none"))
 	x.fails(t, exitNoDaemon, nil, "status", "nobody", "--socket", filepath.Join(programs, "none"))
 
 	v := vmtest.Start(t, vmtest.Config{Guest: vmtest.Mini, MemoryMiB: 64, WSMiB: 8, Rate: 2000, Idle: true})
 	v.WaitProgress(t, 200)
 	pid := v.PID()
-	s := x.start(t, "attach", itoa(pid), "--store", x.store, "--policy", "fixed", "--param", "interval=300ms", "--policy-dir", dir, "--json")
+	trace := filepath.Join(programs, "trace.gz")
+	s := x.start(t, "attach", itoa(pid), "--foreground", "--record", trace, "--store", x.store, "--policy", "fixed", "--param", "interval=300ms", "--policy-dir", dir, "--json")
 	defer func() { s.signal(unix.SIGKILL) }()
 	first := x.waitStatus(t, pid, "two checkpoints", func(s statusView) bool { return s.Checkpoints >= 2 })
 	if p := first.Policy; p.Name != "fixed" || p.Path != filepath.Join(dir, "fixed") || p.Generation != 1 || p.Params["interval"] != "300ms" || first.QEMUPID != pid {
@@ -149,6 +151,13 @@ func TestPolicies(t *testing.T) {
 	r := s.wait(t, time.Minute)
 	if r.code != exitCancelled || !strings.Contains(r.err, "policy does not serve") || !strings.Contains(r.err, "decision") {
 		t.Errorf("%s", r)
+	}
+	var replayed struct {
+		Policies []struct{ Checkpoints int }
+	}
+	x.json(t, &replayed, "policy", "replay", trace, "--policy", "fixed", "--param", "interval=300ms", "--policy-dir", dir)
+	if len(replayed.Policies) != 1 || replayed.Policies[0].Checkpoints < 3 {
+		t.Errorf("of what was recorded: %+v", replayed)
 	}
 	if left, _ := filepath.Glob("/tmp/ckagent-policy-*"); len(left) > 0 {
 		t.Logf("directories of sockets, perhaps of others: %v", left)
