@@ -21,7 +21,8 @@
 // long as it has to be before a release, CKAGENT_E2E_CHAIN=100 the chain that is
 // merged and taken apart. CKAGENT_E2E_INCREMENTAL=512 and CKAGENT_E2E_DENSITY=1 measure
 // what incremental checkpoints and several VMs in one store take (the latter beside
-// restic). CKAGENT_E2E_BINARY names a binary to test instead of building one.
+// restic). CKAGENT_E2E_PREDICTION=60s holds what replay says of policies against live runs
+// so long each. CKAGENT_E2E_BINARY names a binary to test instead of building one.
 //
 // # Failure modes
 //
