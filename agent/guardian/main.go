@@ -336,11 +336,15 @@ func (g *child) awaitHome() {
 }
 
 // letGo sees that the fault server ends: by itself within grace, since the agent is dead,
-// or killed. Its end is what drops all protection.
+// or killed. Its end is what drops all protection, and what ends the programs that may stop
+// QEMU by a signal: who gave up before would leave it stopped for ever.
 func (g *child) letGo(grace time.Duration) (killed bool) {
 	if g.Server.PID == 0 || waitExit(serverFD, grace) {
 		return false
 	}
-	end(serverFD, g.Server.PID, g.home, serverPatience)
+	for gone := end(serverFD, g.Server.PID, g.home, serverPatience); !gone && !waitExit(qemuFD, 0); {
+		_, _ = letContinue(g.control, qemuFD)
+		gone = waitExit(serverFD, serverPatience)
+	}
 	return true
 }

@@ -4,11 +4,13 @@ import (
 	"errors"
 	"fmt"
 	"os"
+	"strconv"
 	"time"
 
 	"golang.org/x/sys/unix"
 
 	"github.com/ckagent/ckagent/agent/cgroup"
+	"github.com/ckagent/ckagent/agent/heartbeat"
 	"github.com/ckagent/ckagent/agent/procstat"
 )
 
@@ -81,8 +83,8 @@ func waitExit(pidfd int, d time.Duration) bool {
 // end kills a process and sees that it goes: SIGKILL, and out of a frozen or starved
 // cgroup if that has no effect (a task frozen by the v1 freezer dies when it is thawed,
 // which it is, alone, in a cgroup that is not frozen; one without a share of the
-// processor dies as slowly as it lived). If it hangs in the kernel, it is left to die
-// when it can.
+// processor dies as slowly as it lived), and with whatever priority it takes. If it hangs
+// in the kernel, it is left to die when it can.
 func end(pidfd, pid int, home cgroup.Group, patience time.Duration) (gone bool) {
 	if err := unix.PidfdSendSignal(pidfd, unix.SIGKILL, nil, 0); err != nil {
 		return errors.Is(err, unix.ESRCH)
@@ -91,7 +93,24 @@ func end(pidfd, pid int, home cgroup.Group, patience time.Duration) (gone bool) 
 		return true
 	}
 	home.Free(pid)
+	hurry(pid)
 	return waitExit(pidfd, patience)
+}
+
+// hurry puts all threads of a process before everybody's. A fault server's end lifts the
+// protection under the lock of QEMU's address space, which the guest's next fault waits for;
+// and its threads, which come after the guest as long as it lives, die as they have lived: on
+// a host with some busy tasks for each processor that can take half a minute.
+func hurry(pid int) {
+	threads, err := os.ReadDir(fmt.Sprintf("/proc/%d/task", pid))
+	if err != nil {
+		return // it has ended
+	}
+	for _, t := range threads {
+		if tid, err := strconv.Atoi(t.Name()); err == nil {
+			heartbeat.RealtimeOf(tid)
+		}
+	}
 }
 
 // groupName is the control group of the guardian of a VM.
