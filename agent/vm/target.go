@@ -225,7 +225,7 @@ func (t *Target) ReadVCPUs(ctx context.Context) ([]VCPU, error) {
 	}
 	host, err := t.Process.threadsByInnerID()
 	if err != nil {
-		return nil, fmt.Errorf("threads of %s: %w", t.Process, err)
+		return nil, errors.Join(t.Process.ending(), fmt.Errorf("threads of %s: %w", t.Process, err))
 	}
 	out := make([]VCPU, 0, len(cpus))
 	for _, c := range cpus {
