@@ -99,8 +99,7 @@ func end(pidfd, pid int, home cgroup.Group, patience time.Duration) (gone bool) 
 
 // hurry puts all threads of a process before everybody's. A fault server's end lifts the
 // protection under the lock of QEMU's address space, which the guest's next fault waits for;
-// and its threads, which come after the guest as long as it lives, die as they have lived: on
-// a host with some busy tasks for each processor that can take half a minute.
+// and its threads, which come after the guest as long as it lives, die as they have lived.
 func hurry(pid int) {
 	threads, err := os.ReadDir(fmt.Sprintf("/proc/%d/task", pid))
 	if err != nil {
