@@ -16,6 +16,7 @@ import (
 
 	"github.com/ckagent/ckagent/agent/cgroup"
 
+	"github.com/ckagent/ckagent/agent/passfd"
 	"github.com/ckagent/ckagent/agent/problem"
 	"github.com/ckagent/ckagent/agent/qmp"
 	"github.com/ckagent/ckagent/agent/vm"
@@ -142,7 +143,7 @@ func Start(ctx context.Context, cfg Config) (*Guardian, error) {
 	if cfg.Lock != nil {
 		lock = cfg.Lock
 	}
-	ours, theirs, err := socketPair()
+	ours, theirs, err := passfd.Pair("link")
 	if err != nil {
 		return fail(err)
 	}
@@ -195,23 +196,6 @@ func openPID(pid int) (*os.File, identity, error) {
 	}
 	f, err := id.open()
 	return f, id, err
-}
-
-// socketPair is the link: ours, and the end the child inherits.
-func socketPair() (*net.UnixConn, *os.File, error) {
-	fds, err := unix.Socketpair(unix.AF_UNIX, unix.SOCK_SEQPACKET|unix.SOCK_CLOEXEC, 0)
-	if err != nil {
-		return nil, nil, err
-	}
-	theirs := os.NewFile(uintptr(fds[1]), "link")
-	f := os.NewFile(uintptr(fds[0]), "link")
-	defer f.Close()
-	c, err := net.FileConn(f)
-	if err != nil {
-		theirs.Close()
-		return nil, nil, err
-	}
-	return c.(*net.UnixConn), theirs, nil // a unix socket makes a UnixConn
 }
 
 func (g *Guardian) handshake(ctx context.Context, s setup) error {

@@ -89,13 +89,14 @@ func Start(ctx context.Context, cfg Config) (*Taker, error) {
 		if err != nil {
 			return fail(errors.Join(err, t.line.Close(), words.Close()))
 		}
+		defer theirs.Close()
 		t.marks, peer = &marks{way}, theirs
 		t.cmd.ExtraFiles = append(t.cmd.ExtraFiles, peer)
 	}
 	// Closing a terminal or ^C is for the daemon to handle.
 	t.cmd.SysProcAttr = &syscall.SysProcAttr{Setpgid: true}
 	if err := t.cmd.Start(); err != nil {
-		return fail(errors.Join(err, t.line.Close(), words.Close(), t.marks.close(), peer.Close()))
+		return fail(errors.Join(err, t.line.Close(), words.Close(), t.marks.close()))
 	}
 	theirs.Close()
 	ear.Close()
