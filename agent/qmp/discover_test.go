@@ -9,14 +9,9 @@ import (
 	"path/filepath"
 	"strconv"
 	"strings"
-	"sync"
 	"syscall"
 	"testing"
 	"time"
-
-	"github.com/google/go-cmp/cmp"
-	"github.com/google/go-cmp/cmp/cmpopts"
-	"golang.org/x/sys/unix"
 
 	"github.com/ckagent/ckagent/agent/cmdline"
 	"github.com/ckagent/ckagent/agent/problem"
@@ -187,90 +182,6 @@ func TestDiscoverTCP(t *testing.T) {
 	}
 }
 
-// TestDiscoverOtherNetworkNamespace: TCP and abstract names belong to QEMU's
-// namespace, not to ours.
-func TestDiscoverOtherNetworkNamespace(t *testing.T) {
-	if os.Geteuid() != 0 {
-		t.Skip("needs root to make a network namespace")
-	}
-	newNS := func(cmd *exec.Cmd) { cmd.SysProcAttr = &syscall.SysProcAttr{Cloneflags: syscall.CLONE_NEWNET} }
-	t.Run("abstract", func(t *testing.T) {
-		q := startQEMU(t, "/", "@ckagent-ns", newNS, "-qmp", "unix:ckagent-ns,abstract=on,server=on,wait=off")
-		e := discoverOne(t, q)
-		first := dial(t, e)
-		defer first.Close()
-		if _, err := Dial(testContext(t), e); !problem.Is(err, problem.Busy) || !strings.Contains(err.Error(), "qmp.test") {
-			t.Errorf("second client: %v", err)
-		}
-	})
-	t.Run("tcp", func(t *testing.T) {
-		q := startQEMU(t, "/", "", newNS, "-qmp", "tcp:0.0.0.0:4444,server=on,wait=off")
-		awaitTable(t, q.pid, listensTCP)
-		if err := inNetNS(q.pid, loopbackUp); err != nil {
-			t.Fatal(err)
-		}
-		if e := discoverOne(t, q); e.Address != "127.0.0.1:4444" {
-			t.Errorf("found %+v", e)
-		}
-		if _, err := net.DialTimeout("tcp", "127.0.0.1:4444", time.Second); err == nil {
-			t.Error("it listens in our namespace too: the test shows nothing")
-		}
-	})
-}
-
-// TestNamespaceIsLeftBehind enters another namespace often enough to meet
-// every thread, and requires that none of ours stays there.
-func TestNamespaceIsLeftBehind(t *testing.T) {
-	if os.Geteuid() != 0 {
-		t.Skip("needs root to make a network namespace")
-	}
-	own, err := os.Readlink("/proc/thread-self/ns/net")
-	if err != nil {
-		t.Fatal(err)
-	}
-	cmd := exec.Command("sleep", "60")
-	cmd.SysProcAttr = &syscall.SysProcAttr{Cloneflags: syscall.CLONE_NEWNET}
-	if err := cmd.Start(); err != nil {
-		t.Fatal(err)
-	}
-	defer func() {
-		_ = cmd.Process.Kill()
-		_ = cmd.Wait()
-	}()
-	var wg sync.WaitGroup
-	for range 64 {
-		wg.Go(func() {
-			err := inNetNS(cmd.Process.Pid, func() error {
-				if ns, _ := os.Readlink("/proc/thread-self/ns/net"); ns == own {
-					return errors.New("still at home")
-				}
-				return nil
-			})
-			if err != nil {
-				t.Error(err)
-			}
-		})
-	}
-	wg.Wait()
-	if ns, _ := os.Readlink("/proc/self/ns/net"); ns != own {
-		t.Errorf("the process is in %s now, was in %s", ns, own)
-	}
-}
-
-func loopbackUp() error {
-	fd, err := unix.Socket(unix.AF_INET, unix.SOCK_DGRAM|unix.SOCK_CLOEXEC, 0)
-	if err != nil {
-		return err
-	}
-	defer unix.Close(fd)
-	ifr, err := unix.NewIfreq("lo")
-	if err != nil {
-		return err
-	}
-	ifr.SetUint16(unix.IFF_UP)
-	return unix.IoctlIfreq(fd, unix.SIOCSIFFLAGS, ifr)
-}
-
 // inherit returns a listening socket as a file QEMU gets as descriptor 3.
 func inherit(t *testing.T, path string) func(*exec.Cmd) {
 	t.Helper()
@@ -414,42 +325,6 @@ func TestDiscoverPathTakenOver(t *testing.T) {
 	}
 }
 
-func TestDialPrefersAFreeMonitor(t *testing.T) {
-	dir := t.TempDir()
-	a, b := filepath.Join(dir, "a.sock"), filepath.Join(dir, "b.sock")
-	q := startQEMU(t, "/", b, nil, append(qmpAt(a), qmpAt(b)...)...)
-	ctx := testContext(t)
-	begin := time.Now()
-	first, err := DialPID(ctx, q.pid)
-	if err != nil {
-		t.Fatal(err)
-	}
-	defer first.Close()
-	second, err := DialPID(ctx, q.pid)
-	if err != nil {
-		t.Fatal(err)
-	}
-	defer second.Close()
-	if first.Endpoint().Address != a || second.Endpoint().Address != b {
-		t.Errorf("%v, %v", first.Endpoint(), second.Endpoint())
-	}
-	if d := time.Since(begin); d > 900*time.Millisecond {
-		t.Errorf("took %v: it waited at the busy one", d)
-	}
-}
-
-func TestDialStoppedQEMU(t *testing.T) {
-	sock := filepath.Join(t.TempDir(), "q.sock")
-	q := startQEMU(t, "/", sock, nil, qmpAt(sock)...)
-	if err := q.cmd.Process.Signal(syscall.SIGSTOP); err != nil {
-		t.Fatal(err)
-	}
-	_, err := DialPID(testContext(t), q.pid)
-	if !problem.Is(err, problem.Busy) || !strings.Contains(err.Error(), "kill -CONT") {
-		t.Errorf("stopped QEMU: %v", err)
-	}
-}
-
 func TestDiscoverRefusals(t *testing.T) {
 	dir := t.TempDir()
 	for name, c := range map[string]struct {
@@ -482,85 +357,6 @@ func TestDiscoverRefusals(t *testing.T) {
 			t.Errorf("%v: %v", e, err)
 		}
 	}
-}
-
-// TestMonitorsOfCommandLines covers what the installed QEMU does not offer.
-func TestMonitorsOfCommandLines(t *testing.T) {
-	unixAt := func(via, path string) monitorSpec { return monitorSpec{via: via, path: path, address: "unix"} }
-	for _, c := range []struct {
-		args string
-		mons []monitorSpec
-		note string
-	}{
-		{args: `-chardev {"id":"m","backend":"socket","path":"/q","server":true,"wait":false} -mon m,mode=control`,
-			mons: []monitorSpec{unixAt("-mon m", "/q")}},
-		{args: `-chardev {"id":"m","backend":{"type":"socket","data":{"addr":{"type":"unix","data":{"path":"/q"}}}}} -mon {"chardev":"m","mode":"control"}`,
-			mons: []monitorSpec{unixAt("-mon m", "/q")}},
-		{args: `-chardev {"id":"m","backend":{"type":"socket","data":{"addr":{"type":"inet","data":{"host":"::1","port":"44"}},"server":true}}} -mon m,mode=control`,
-			mons: []monitorSpec{{via: "-mon m", host: "::1", port: "44", address: "tcp"}}},
-		{args: `-chardev {"id":"m","backend":{"type":"socket","data":{"addr":{"type":"fd","data":{"str":"9"}},"server":true}}} -mon m,mode=control`,
-			mons: []monitorSpec{{via: "-mon m", fd: "9", address: "fd"}}},
-		{args: `-chardev {"id":"m","backend":{"type":"socket","data":{"addr":{"type":"unix","path":"/q"},"server":false}}} -mon m,mode=control`,
-			note: "instead of listening"},
-		{args: `-qmp unix:/q`, note: "instead of listening"},
-		{args: `-qmp telnet:localhost:44,server=on`, note: "telnet"},
-		{args: `-chardev socket,id=m,path=/q,server=on,tls-creds=t -mon m,mode=control`, note: "TLS"},
-		{args: `-mon nope,mode=control`, note: "no such character device"},
-		{args: `-chardev pty,id=m -mon m,mode=control`, note: "pty"},
-		{args: `-qmp pty -monitor stdio`, note: "pty"},
-		{args: `-chardev socket,id=charmonitor,path=/x,server=on -mon chardev=charmonitor,mode=control -qmp unix:/q,server`,
-			mons: []monitorSpec{{via: "-mon charmonitor", path: "/x", address: "unix", libvirt: true}, unixAt("-qmp", "/q")}},
-	} {
-		opts, err := cmdline.Parse(strings.Fields(c.args))
-		if err != nil {
-			t.Fatal(err)
-		}
-		mons, notes := monitors(opts)
-		if diff := cmp.Diff(c.mons, mons, cmp.AllowUnexported(monitorSpec{}), cmpopts.EquateEmpty()); diff != "" {
-			t.Errorf("%s: %s", c.args, diff)
-		}
-		if text := strings.Join(notes, "; "); (text == "") != (c.note == "") || !strings.Contains(text, c.note) {
-			t.Errorf("%s: notes %q", c.args, text)
-		}
-	}
-}
-
-func TestParseEndpoint(t *testing.T) {
-	for in, want := range map[string]string{
-		"/run/q.sock": "unix:/run/q.sock", "unix:rel": "unix:rel", "unix:@abs": "unix:@abs", "q.sock": "unix:q.sock",
-		"tcp:localhost:44": "tcp:localhost:44", "tcp:[::1]:44": "tcp:[::1]:44", "tcp::44": "tcp:localhost:44", "/a:b": "unix:/a:b",
-	} {
-		e, err := ParseEndpoint(in)
-		if err != nil || e.String() != want || e.FD != -1 {
-			t.Errorf("%q: %+v, %v", in, e, err)
-		}
-	}
-	for _, in := range []string{"", "unix:", "@", "tcp:x", "tcp:x:", "vsock:3", "a\x00b"} {
-		if e, err := ParseEndpoint(in); !problem.Is(err, problem.Usage) {
-			t.Errorf("%q: %+v, %v", in, e, err)
-		}
-	}
-}
-
-func FuzzMonitors(f *testing.F) {
-	f.Add("-qmp\nunix:/q,server=on\n-chardev\n{\"id\":\"m\",\"backend\":\"socket\",\"path\":\"/q\"}\n-mon\nm,mode=control")
-	f.Add("-qmp\ntcp:[::1]:44,server\n-set\nchardev.m.path=x\n-qmp\nchardev:m\n-chardev\nsocket,id=m,fd=3")
-	f.Fuzz(func(t *testing.T, text string) {
-		opts, err := cmdline.Parse(strings.Split(text, "\n"))
-		if err != nil {
-			return
-		}
-		mons, _ := monitors(opts)
-		for _, m := range mons {
-			if m.address == "" {
-				t.Fatalf("%q: %+v without an address", text, m)
-			}
-			e, why := (&view{pid: 1 << 30}).endpoint(m)
-			if why == "" && e.Address == "" {
-				t.Fatalf("%q: %+v", text, e)
-			}
-		}
-	})
 }
 
 func FuzzTables(f *testing.F) {

@@ -7,7 +7,6 @@ import (
 	"fmt"
 	"io"
 	"net"
-	"os"
 	"strings"
 	"sync"
 	"testing"
@@ -153,25 +152,6 @@ func TestPipelineOutOfOrderAndEvents(t *testing.T) {
 	}
 }
 
-func TestLargeRepliesInPieces(t *testing.T) {
-	const size = 12 << 20
-	text := strings.Repeat(`q\"\\}{`, size/7)
-	c, _ := newFake(t, func(w io.Writer, c command) bool {
-		if c.Execute == "big" {
-			reply(w, c, `"`+text+`"`)
-			return true
-		}
-		return false
-	})
-	var out string
-	if err := c.Execute(testContext(t), "big", nil, &out); err != nil {
-		t.Fatal(err)
-	}
-	if out != strings.Repeat(`q"\}{`, size/7) {
-		t.Fatalf("%d bytes came, and not the right ones", len(out))
-	}
-}
-
 // TestSilence: an answer that never comes is not waited for for ever, and the
 // connection is in step afterwards.
 func TestSilence(t *testing.T) {
@@ -219,68 +199,6 @@ func TestCancelledCall(t *testing.T) {
 	}
 }
 
-// TestCutOffInTheWrite: a command half written when its context ends must
-// never be carried out, and the next one must.
-func TestCutOffInTheWrite(t *testing.T) {
-	client, server := pair(t)
-	defer server.Close()
-	go func() { _, _ = io.WriteString(server, greeting) }()
-	ready := make(chan *Client)
-	go func() {
-		c, err := NewClient(t.Context(), client)
-		if err != nil {
-			t.Error(err)
-		}
-		ready <- c
-	}()
-	dec := json.NewDecoder(server)
-	var cmd command
-	if err := dec.Decode(&cmd); err != nil {
-		t.Fatal(err)
-	}
-	reply(server, cmd, `{}`)
-	c := <-ready
-	defer c.Close()
-
-	// Nobody reads: this one fills the socket and stays stuck.
-	ctx, cancel := context.WithTimeout(t.Context(), 500*time.Millisecond)
-	defer cancel()
-	err := c.Execute(ctx, "huge", map[string]string{"a": strings.Repeat("x", 2<<20)}, nil)
-	if !errors.Is(err, context.DeadlineExceeded) || !strings.Contains(err.Error(), "in part") {
-		t.Fatalf("stuck write: %v", err)
-	}
-	// And this one does not even begin.
-	ctx2, cancel2 := context.WithTimeout(t.Context(), 20*time.Millisecond)
-	defer cancel2()
-	if err := c.Execute(ctx2, "never", nil, nil); !errors.Is(err, context.DeadlineExceeded) {
-		t.Fatalf("write behind it: %v", err)
-	}
-	result := make(chan error, 1)
-	go func() { result <- c.Execute(testContext(t), "after", nil, nil) }()
-	var got []byte
-	buf := make([]byte, 64<<10)
-	for !strings.HasSuffix(string(got), "}\n") {
-		n, err := server.Read(buf)
-		if err != nil {
-			t.Fatal(err)
-		}
-		got = append(got, buf[:n]...)
-	}
-	_, rest, ok := strings.Cut(string(got), "\xff\n")
-	if !ok || strings.Contains(string(got), "never") || strings.Count(rest, "execute") != 1 {
-		t.Fatalf("on the wire after the torn command: %.200q", got[max(0, len(got)-200):])
-	}
-	// QEMU's complaint about what was torn belongs to nobody.
-	_, _ = io.WriteString(server, `{"error":{"class":"GenericError","desc":"JSON parse error"}}`+"\r\n")
-	if err := json.Unmarshal([]byte(rest), &cmd); err != nil {
-		t.Fatal(err)
-	}
-	reply(server, cmd, `{}`)
-	if err := <-result; err != nil {
-		t.Errorf("command after the torn one: %v", err)
-	}
-}
-
 func TestErrorWithoutIDIsTheOldestOnes(t *testing.T) {
 	n := 0
 	c, _ := newFake(t, func(w io.Writer, c command) bool {
@@ -324,19 +242,6 @@ func TestConnectionLostDuringACommand(t *testing.T) {
 	}
 }
 
-func TestNotQMP(t *testing.T) {
-	for _, first := range []string{"QEMU 7.2.0 monitor - type 'help' for more information\r\n(qemu) ", "RFB 003.008\n",
-		"[1]", "}", `"x"`, `{"QMP":7}`} {
-		client, server := pair(t)
-		_, _ = io.WriteString(server, first)
-		_, err := NewClient(testContext(t), client)
-		if !errors.Is(err, ErrProtocol) {
-			t.Errorf("%q: %v", first, err)
-		}
-		_ = server.Close()
-	}
-}
-
 func TestSilentPeerIsBusy(t *testing.T) {
 	client, server := pair(t)
 	defer server.Close()
@@ -347,180 +252,6 @@ func TestSilentPeerIsBusy(t *testing.T) {
 	if d := time.Since(begin); d > 3*time.Second {
 		t.Errorf("noticed after %v", d)
 	}
-}
-
-func TestMessageTooLarge(t *testing.T) {
-	s := newSplitter()
-	s.max = 100 << 10
-	r := io.MultiReader(strings.NewReader(`{"return":"`), zeros{})
-	for {
-		buf, err := s.space()
-		if err != nil {
-			if !errors.Is(err, ErrTooLarge) {
-				t.Errorf("%v", err)
-			}
-			break
-		}
-		n, _ := r.Read(buf)
-		s.fill(n)
-		if msg, err := s.next(); msg != nil || err != nil {
-			t.Fatalf("%.20q, %v", msg, err)
-		}
-		if len(s.buf) > 1<<20 {
-			t.Fatal("it keeps growing")
-		}
-	}
-}
-
-type zeros struct{}
-
-func (zeros) Read(p []byte) (int, error) {
-	for i := range p {
-		p[i] = '0'
-	}
-	return len(p), nil
-}
-
-func TestDescriptors(t *testing.T) {
-	// The server looks for descriptors in what it reads.
-	client, server := pair(t)
-	defer server.Close()
-	_, _ = io.WriteString(server, greeting)
-	var wg sync.WaitGroup
-	defer wg.Wait()
-	got := make(chan int, 8)
-	wg.Go(func() {
-		buf, oob := make([]byte, 4096), make([]byte, 256)
-		for {
-			n, oobn, _, _, err := server.ReadMsgUnix(buf, oob)
-			if err != nil || n == 0 {
-				return
-			}
-			msgs, _ := unix.ParseSocketControlMessage(oob[:oobn])
-			for _, m := range msgs {
-				fds, _ := unix.ParseUnixRights(&m)
-				for _, fd := range fds {
-					got <- fd
-				}
-			}
-			var cmd command
-			if err := json.Unmarshal(buf[:n], &cmd); err != nil {
-				t.Errorf("%q: %v", buf[:n], err)
-				return
-			}
-			reply(server, cmd, `{}`)
-		}
-	})
-	ctx := testContext(t)
-	c, err := NewClient(ctx, client)
-	if err != nil {
-		t.Fatal(err)
-	}
-	defer c.Close()
-	r, w, err := os.Pipe()
-	if err != nil {
-		t.Fatal(err)
-	}
-	defer r.Close()
-	if err := c.ExecuteFD(ctx, "getfd", map[string]string{"fdname": "x"}, nil, w); err != nil {
-		t.Fatal(err)
-	}
-	_ = w.Close()
-	far := os.NewFile(uintptr(<-got), "far")
-	if _, err := far.WriteString("through"); err != nil {
-		t.Fatal(err)
-	}
-	_ = far.Close()
-	if b, _ := io.ReadAll(r); string(b) != "through" {
-		t.Errorf("read %q", b)
-	}
-	if err := c.ExecuteFD(ctx, "x", nil, nil, r, r); !errors.Is(err, ErrNoFD) {
-		t.Errorf("two at once: %v", err)
-	}
-}
-
-func TestEncode(t *testing.T) {
-	for _, args := range []any{[]int{1}, "x", 7, make(chan int)} {
-		if _, err := Encode("x", args); err == nil {
-			t.Errorf("arguments %v accepted", args)
-		}
-	}
-	for args, want := range map[any]string{
-		nil:                             `{"execute":"x","id":9}` + "\n",
-		json.Number("null"):             "",
-		(*struct{})(nil):                `{"execute":"x","id":9}` + "\n",
-		struct{ B bool }{true}:          `{"execute":"x","arguments":{"B":true},"id":9}` + "\n",
-		struct{ R any }{[2]string{"a"}}: `{"execute":"x","arguments":{"R":["a",""]},"id":9}` + "\n",
-	} {
-		r, err := Encode("x", args)
-		if want == "" {
-			continue
-		}
-		if err != nil || string(r.append(nil, 9)) != want {
-			t.Errorf("%v: %s, %v", args, r.append(nil, 9), err)
-		}
-	}
-}
-
-func FuzzSplitter(f *testing.F) {
-	f.Add([]byte(greeting+`{"return": {}, "id": 1}`+"\r\n"+`{"event":"STOP","timestamp":{"seconds":1,"microseconds":2}}`), 7)
-	f.Add([]byte(`{"a":"\"}{\\","b":[{},[]]}  {}`), 1)
-	f.Add([]byte("{\n    \"return\": [\n    ]\n}\n"), 3)
-	f.Fuzz(func(t *testing.T, data []byte, step int) {
-		if step <= 0 {
-			step = 1
-		}
-		whole, err1 := split(data, len(data)+1)
-		pieces, err2 := split(data, step)
-		if fmt.Sprint(err1) != fmt.Sprint(err2) && (err1 == nil || err2 == nil) {
-			t.Fatalf("whole: %v, in pieces: %v", err1, err2)
-		}
-		if fmt.Sprintf("%q", whole) != fmt.Sprintf("%q", pieces) {
-			t.Fatalf("whole: %q, in pieces: %q", whole, pieces)
-		}
-		for _, msg := range whole {
-			m, ok := parseMessage([]byte(msg))
-			var ref map[string]json.RawMessage
-			if json.Unmarshal([]byte(msg), &ref) != nil {
-				continue // must only not crash
-			}
-			if !ok {
-				t.Fatalf("%q is JSON, but was not understood", msg)
-			}
-			if strings.Contains(msg, `\`) {
-				continue // escaped keys are not QEMU's
-			}
-			for key, got := range map[string][]byte{"id": m.id, "return": m.ret, "error": m.err, "event": m.event} {
-				if string(ref[key]) != string(got) {
-					t.Fatalf("%q: %s is %q, not %q", msg, key, got, ref[key])
-				}
-			}
-		}
-	})
-}
-
-func split(data []byte, step int) (msgs []string, err error) {
-	s := newSplitter()
-	for len(data) > 0 {
-		buf, err := s.space()
-		if err != nil {
-			return msgs, err
-		}
-		n := copy(buf, data[:min(step, len(data))])
-		data = data[n:]
-		s.fill(n)
-		for {
-			msg, err := s.next()
-			if err != nil {
-				return msgs, err
-			}
-			if msg == nil {
-				break
-			}
-			msgs = append(msgs, string(msg))
-		}
-	}
-	return msgs, nil
 }
 
 // BenchmarkRoundTrip is the time from Send to the noted receipt of a reply and

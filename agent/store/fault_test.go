@@ -3,14 +3,18 @@ package store
 import (
 	"bytes"
 	"context"
+	"errors"
 	"io"
 	"io/fs"
 	"sync"
+	"testing"
 
 	"golang.org/x/sys/unix"
 
 	"github.com/ckagent/ckagent/agent/image"
 	"github.com/ckagent/ckagent/agent/image/fsys"
+	"github.com/ckagent/ckagent/agent/image/fsys/memfs"
+	"github.com/ckagent/ckagent/agent/problem"
 )
 
 // failingFS lets the operation that brings countdown to zero fail.
@@ -119,4 +123,67 @@ func fillErr(ctx context.Context, txn *Txn) (*image.Manifest, error) {
 	m := &image.Manifest{}
 	s.Apply(m)
 	return m, nil
+}
+
+// TestFailingStorage makes every operation of a whole checkpoint fail in turn.
+// Whatever fails: the errno is kept, what was there stays there, nothing half
+// is visible, and the store goes on once the disk does.
+func TestFailingStorage(t *testing.T) {
+	ctx := context.Background()
+	for _, errno := range []unix.Errno{unix.ENOSPC, unix.EIO, unix.EROFS} {
+		for n := 1; ; n++ {
+			f := &failingFS{FS: memfs.New(1 << 30)}
+			s, err := OpenFS(f, "/store")
+			if err != nil {
+				t.Fatal(err)
+			}
+			old := commitOne(t, s, "a")
+			f.countdown, f.errno = n, errno
+			id, err := tryCommit(ctx, s)
+			failed := f.countdown <= 0
+			f.countdown = 0
+			f.errno = 0
+			if !failed {
+				if err != nil {
+					t.Fatal(err)
+				}
+				if n < 20 {
+					t.Fatalf("only %d operations", n)
+				}
+				break
+			}
+			if err != nil && (!errors.Is(err, errno) || !problem.Is(err, problem.Store)) {
+				t.Errorf("operation %d failing with %v: %v (%s)", n, errno, err, problem.CodeOf(err))
+			}
+			list, lerr := s.List(ctx)
+			if lerr != nil {
+				t.Fatal(lerr)
+			}
+			for _, i := range list {
+				if i.ID != old && (i.ID != id || err != nil) {
+					t.Errorf("operation %d failing with %v: %s is visible", n, errno, i.ID)
+				}
+				if _, err := s.Verify(ctx, i.ID, nil); err != nil {
+					t.Error(err)
+				}
+			}
+			if len(list) == 0 || list[0].ID != old {
+				t.Errorf("operation %d failing with %v: the old one is gone", n, errno)
+			}
+			commitOne(t, s, "a")
+		}
+	}
+}
+
+func tryCommit(ctx context.Context, s *Store) (id string, err error) {
+	txn, err := s.Begin(ctx, "a")
+	if err != nil {
+		return "", err
+	}
+	defer txn.Abort()
+	m, err := fillErr(ctx, txn)
+	if err != nil {
+		return txn.ID(), err
+	}
+	return txn.ID(), txn.Commit(ctx, m)
 }
