@@ -103,7 +103,7 @@ func TestWorkLogFollowsAConsole(t *testing.T) {
 
 func TestPartsAreChosen(t *testing.T) {
 	names := PartNames()
-	for _, want := range []string{"faults/missing", "faults/write", "resume", "restore/1g", "checkpoint/1g-huge", "disk"} {
+	for _, want := range []string{"faults/missing", "faults/write", "resume", "restore/1g", "checkpoint/1g-huge", "disk", "afterwards"} {
 		if !slices.Contains(names, want) {
 			t.Errorf("no part %s in %v", want, names)
 		}

@@ -29,6 +29,7 @@ type guestSpec struct {
 	devices            int  // virtio devices
 	small              bool // RAM in 4 KiB pages instead of transparent huge ones
 	idle               bool // writes little
+	fast               bool // writes as fast as it can
 	disk               bool // a qcow2 disk that it writes and fsyncs records to
 }
 
@@ -77,6 +78,9 @@ func launch(ctx context.Context, s guestSpec) (_ *guest, err error) {
 		Append: fmt.Sprintf("GD_WORDS=64 GD_SWEEP=2000 GD_REPORT=%d", reportEvery.Milliseconds())}
 	if s.idle {
 		cfg.Rate, cfg.BeatUS = 400, 0
+	}
+	if s.fast {
+		cfg.Rate = vmtest.Unlimited
 	}
 	if s.disk {
 		cfg.Disks = []vmtest.Disk{{FS: "ext4", Format: "qcow2"}}

@@ -68,7 +68,7 @@ func parts() []part {
 	for _, s := range checkpointSpecs {
 		list = append(list, part{"checkpoint/" + s.name, func(b *bench, ctx context.Context) error { return b.checkpoints(ctx, s) }})
 	}
-	return append(list, part{"qcow2", (*bench).withDisk}, part{"disk", (*bench).onDisk})
+	return append(list, part{"qcow2", (*bench).withDisk}, part{"disk", (*bench).onDisk}, part{"afterwards", (*bench).afterwards})
 }
 
 // PartNames lists what Only may name.
