@@ -30,13 +30,19 @@ const (
 	firstField     = 3
 )
 
-const pfExiting = 0x4
+const (
+	pfExiting      = 0x4
+	pfKernelThread = 0x200000
+)
 
 // Ended reports whether nothing is left of the process but its exit status.
 func (s Stat) Ended() bool { return s.State == 'Z' || s.State == 'X' }
 
 // Exiting reports whether the first thread has ended or is about to.
 func (s Stat) Exiting() bool { return s.Ended() || s.Flags&pfExiting != 0 }
+
+// Kernel reports whether it is a thread of the kernel's, which never ran a program.
+func (s Stat) Kernel() bool { return s.Flags&pfKernelThread != 0 }
 
 // Stopped reports whether a signal or a tracer stopped the first thread.
 func (s Stat) Stopped() bool { return s.State == 'T' || s.State == 't' }

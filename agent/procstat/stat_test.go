@@ -51,6 +51,16 @@ func TestLifeOfAProcess(t *testing.T) {
 	}
 }
 
+// The first thread of the kernel's is pid 2, where this pid namespace shows it.
+func TestKernelThread(t *testing.T) {
+	if s, err := Read(os.Getpid()); err != nil || s.Kernel() {
+		t.Errorf("this process: %+v, %v", s, err)
+	}
+	if s, err := Read(2); err == nil && s.Comm == "kthreadd" && !s.Kernel() {
+		t.Errorf("kthreadd: %+v", s)
+	}
+}
+
 func FuzzParse(f *testing.F) {
 	if b, err := os.ReadFile("/proc/self/stat"); err == nil {
 		f.Add(b)

@@ -129,9 +129,8 @@ func openAny(pid int) (*Process, error) {
 	}
 	p := &Process{PID: pid, pidfd: os.NewFile(uintptr(fd), "pidfd:"+strconv.Itoa(pid))}
 	if err := p.read(); err != nil {
-		alive := p.Alive()
 		p.Close()
-		if alive && errors.Is(err, errNoProgram) {
+		if errors.Is(err, errKernelThread) {
 			return nil, problem.New(problem.Refused, "open", object(pid), "not QEMU: %s is a kernel thread, which runs no program", p.Comm).
 				WithHint("give the pid of a qemu-system-x86_64 process; `pgrep -a qemu` lists them")
 		}
@@ -153,9 +152,7 @@ func openAny(pid int) (*Process, error) {
 	return p, nil
 }
 
-// errNoProgram: there is an entry in /proc but no executable behind it. The process
-// is exiting, or, if it is still alive after this was seen, a kernel thread.
-var errNoProgram = errors.New("no executable")
+var errKernelThread = errors.New("no executable: a kernel thread")
 
 // read fills the identity from /proc.
 func (p *Process) read() error {
@@ -168,6 +165,9 @@ func (p *Process) read() error {
 		return fmt.Errorf("/proc shows pid %d for %d: another pid namespace", st.PID, p.PID)
 	}
 	p.Comm, p.PPID, p.StartTicks = st.Comm, st.PPID, st.StartTicks
+	if st.Kernel() {
+		return errKernelThread
+	}
 	raw, err := readBounded(dir+"/status", 1<<20)
 	if err != nil {
 		return err
@@ -177,9 +177,8 @@ func (p *Process) read() error {
 		return err
 	}
 	p.UID, p.GID, p.Groups, p.NoNewPrivs, p.Seccomp = s.uid, s.gid, s.groups, s.noNewPrivs, s.seccomp
-	if p.Exe, err = os.Readlink(dir + "/exe"); errors.Is(err, os.ErrNotExist) {
-		return fmt.Errorf("%w: %w", errNoProgram, err)
-	} else if err != nil {
+	// A process that is exiting has let go of its program a while before it is dead.
+	if p.Exe, err = os.Readlink(dir + "/exe"); err != nil {
 		return err
 	}
 	if name, ok := strings.CutSuffix(p.Exe, " (deleted)"); ok {

@@ -9,8 +9,11 @@ import (
 	"testing"
 	"time"
 
-	"github.com/ckagent/ckagent/agent/problem"
 	"golang.org/x/sys/unix"
+
+	"github.com/ckagent/ckagent/agent/problem"
+	"github.com/ckagent/ckagent/agent/procstat"
+	"github.com/ckagent/ckagent/agent/vm/inject"
 )
 
 func TestOpenProcessRefusesWhatIsNotQEMU(t *testing.T) {
@@ -148,8 +151,46 @@ func TestZombieIsNotFound(t *testing.T) {
 	if _, err := unix.Poll([]unix.PollFd{{Fd: int32(fd), Events: unix.POLLIN}}, 10_000); err != nil {
 		t.Fatal(err)
 	}
-	if _, err := openAny(cmd.Process.Pid); !problem.Is(err, problem.NotFound) && !problem.Is(err, problem.Refused) {
+	if _, err := openAny(cmd.Process.Pid); !problem.Is(err, problem.NotFound) {
 		t.Errorf("zombie: %v", err)
+	}
+}
+
+// Between its last instruction and its end a process has no program any more, and its
+// pidfd does not tell yet. A process whose first thread has ended stays like that.
+func TestExitingIsNotFound(t *testing.T) {
+	cmd := exec.Command(os.Args[0])
+	cmd.Env = append(os.Environ(), headless+"=1")
+	in, err := cmd.StdinPipe()
+	if err != nil {
+		t.Fatal(err)
+	}
+	if err := cmd.Start(); err != nil {
+		t.Fatal(err)
+	}
+	defer func() {
+		_ = in.Close() // it ends
+		_ = cmd.Wait() // as it may
+	}()
+	waitFor(t, func() bool {
+		s, err := procstat.Read(cmd.Process.Pid)
+		return err == nil && s.Ended()
+	})
+	fd, err := unix.PidfdOpen(cmd.Process.Pid, 0)
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer unix.Close(fd)
+	if readable(fd) {
+		t.Fatal("the process has ended as a whole: this test shows nothing")
+	}
+	for name, open := range map[string]func(int) (*Process, error){"openAny": openAny, "OpenProcess": OpenProcess} {
+		if _, err := open(cmd.Process.Pid); !problem.Is(err, problem.NotFound) {
+			t.Errorf("%s: %v, want not found", name, err)
+		}
+	}
+	if err := inject.CanTrace(cmd.Process.Pid); !problem.Is(err, problem.NotFound) {
+		t.Errorf("CanTrace: %v, want not found", err)
 	}
 }
 

@@ -12,6 +12,7 @@ import (
 	"golang.org/x/sys/unix"
 
 	"github.com/ckagent/ckagent/agent/problem"
+	"github.com/ckagent/ckagent/agent/procstat"
 )
 
 // facts is what decides whether a process can be traced; all of it is read
@@ -106,10 +107,14 @@ func readFacts(pid int) (facts, error) {
 	if err != nil {
 		return f, err
 	}
-	if s := string(statusField(status, "State")); strings.HasPrefix(s, "Z") || strings.HasPrefix(s, "X") {
-		return f, fmt.Errorf("it has ended (%s)", s)
+	stat, err := procstat.Read(pid)
+	if err != nil {
+		return f, err
 	}
-	f.kernelThread = statusField(status, "VmSize") == nil && string(statusField(status, "Kthread")) != "0"
+	f.kernelThread = stat.Kernel()
+	if !f.kernelThread && (stat.Ended() || statusField(status, "VmSize") == nil) {
+		return f, fmt.Errorf("it has ended or is about to (%c)", stat.State)
+	}
 	f.seccomp, _ = strconv.Atoi(string(statusField(status, "Seccomp")))
 	if b, err := os.ReadFile("/proc/sys/kernel/yama/ptrace_scope"); err == nil {
 		f.yama, _ = strconv.Atoi(string(bytes.TrimSpace(b)))
