@@ -82,6 +82,9 @@ func (c *cage) remove() {
 // kernel keeps out of groups without a share of real-time.
 func (c *cage) starve(pid int) error {
 	threads, err := os.ReadDir(fmt.Sprintf("/proc/%d/task", pid))
+	if errors.Is(err, os.ErrNotExist) { // it ended by itself, as a signal would have told
+		return fmt.Errorf("pid %d: %w", pid, unix.ESRCH)
+	}
 	if err != nil {
 		return err
 	}
