@@ -16,6 +16,7 @@ import (
 	"github.com/ckagent/ckagent/agent/problem"
 	"github.com/ckagent/ckagent/agent/procstat"
 	"github.com/ckagent/ckagent/restore/liveness"
+	"github.com/ckagent/ckagent/restore/plan"
 )
 
 // stateName is the file in a run directory that says whose it is.
@@ -140,7 +141,11 @@ func reserveRunDir(root, name string) (*runDir, error) {
 		}
 		err := os.Mkdir(path, 0o700)
 		if err == nil {
-			return &runDir{path: path}, nil
+			d := &runDir{path: path}
+			if err := os.Mkdir(d.vmDir(), 0o700); err != nil {
+				return nil, problem.New(problem.Failed, "make run directory", d.vmDir(), "%w", errors.Join(err, d.remove()))
+			}
+			return d, nil
 		}
 		// In a container our pid may be the same every time: an earlier restore of
 		// this VM has the name, and its guest may run.
@@ -176,20 +181,23 @@ func (d *runDir) save() error {
 
 func (d *runDir) remove() error { return os.RemoveAll(d.path) }
 
-// own makes the directory usable for the user QEMU runs as.
+// vmDir is the part that is QEMU's own.
+func (d *runDir) vmDir() string { return filepath.Join(d.path, plan.VMDir) }
+
+// own gives QEMU's part of the directory to the user it runs as. The rest stays ours:
+// we, and the pager, act on what is written there with rights that this user lacks.
 func (d *runDir) own(uid, gid int) error {
 	if uid == os.Geteuid() {
 		return nil
 	}
-	// What holds the directory is ours alone, and may be passed through but not
-	// listed from now on: QEMU has to get to its own part of it.
+	// What holds that part may be passed through but not listed from now on.
 	root := filepath.Dir(d.path)
-	for _, dir := range []string{root, filepath.Dir(root)} {
+	for _, dir := range []string{d.path, root, filepath.Dir(root)} {
 		st, err := os.Stat(dir)
 		if err != nil {
 			return err
 		}
-		if dir != root && filepath.Clean(root) != RunRoot {
+		if dir == filepath.Dir(root) && filepath.Clean(root) != RunRoot {
 			break // a root of somebody's choice lies in directories of theirs
 		}
 		if st.Mode()&0o001 == 0 {
@@ -198,7 +206,7 @@ func (d *runDir) own(uid, gid int) error {
 			}
 		}
 	}
-	return os.Chown(d.path, uid, gid)
+	return os.Chown(d.vmDir(), uid, gid)
 }
 
 // Sweep removes the run directories of VMs that are gone, and returns how many. A

@@ -7,6 +7,8 @@ import (
 	"strings"
 	"testing"
 
+	"golang.org/x/sys/unix"
+
 	"github.com/ckagent/ckagent/restore/liveness"
 )
 
@@ -77,5 +79,39 @@ func TestSweepUnrecordedQEMU(t *testing.T) {
 	}
 	if _, err := startTicks(held.Process.Pid); err == nil {
 		t.Error("its QEMU lives on, and nobody knows of it")
+	}
+}
+
+// TestRunDirStaysOurs: the user QEMU runs as may write to its part alone. What lies
+// beside it says which processes to end, which files to remove and which binary to
+// start, and is done with our rights.
+func TestRunDirStaysOurs(t *testing.T) {
+	root := t.TempDir()
+	d, err := reserveRunDir(root, "vm")
+	if err != nil {
+		t.Fatal(err)
+	}
+	other := os.Geteuid() + 1
+	if err := d.own(other, os.Getegid()); err != nil && os.Geteuid() == 0 {
+		t.Fatal(err)
+	}
+	owner := func(path string) int {
+		var st unix.Stat_t
+		if err := unix.Stat(path, &st); err != nil {
+			t.Fatal(err)
+		}
+		if st.Mode&0o022 != 0 {
+			t.Errorf("%s can be written to by others: %o", path, st.Mode)
+		}
+		return int(st.Uid)
+	}
+	if got := owner(d.path); got != os.Geteuid() {
+		t.Errorf("%s belongs to uid %d", d.path, got)
+	}
+	if got := owner(d.vmDir()); os.Geteuid() == 0 && got != other {
+		t.Errorf("%s belongs to uid %d, not to QEMU's", d.vmDir(), got)
+	}
+	if st, err := os.Stat(d.path); err != nil || st.Mode().Perm() != 0o711 {
+		t.Errorf("QEMU cannot pass, or can list: %v, %v", st.Mode(), err)
 	}
 }

@@ -143,9 +143,11 @@ func (s Subject) resembles(pid int) string {
 			if p, ok := kv.Get("path"); ok && slices.Contains(s.Sockets, abs(p)) {
 				return "listens on its socket " + abs(p)
 			}
-		case "qmp", "qmp-pretty", "monitor":
-			if p, ok := strings.CutPrefix(o.Value, "unix:"); ok {
-				p, _, _ = strings.Cut(p, ",")
+		case "qmp", "qmp-pretty", "monitor", "serial":
+			if p, ok := strings.CutPrefix(strings.TrimPrefix(o.Value, "mon:"), "unix:"); ok {
+				if kv, err := cmdline.ParseKeyVal(p, "path"); err == nil {
+					p, _ = kv.Get("path")
+				}
 				if slices.Contains(s.Sockets, abs(p)) {
 					return "listens on its socket " + abs(p)
 				}

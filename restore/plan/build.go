@@ -42,12 +42,15 @@ type builder struct {
 	plan *Plan
 	maps *mapper
 	opts []*entry
+	// legacy counts, by option, the paths that were given out for character devices in
+	// the old syntax.
+	legacy map[string]int
 }
 
 // Build makes the plan. Errors are *problem.Error: Usage for what the operator
 // asked, Refused for what cannot be rebuilt.
 func Build(rec Recorded, opt Options) (*Plan, error) {
-	b := &builder{rec: rec, opt: opt, maps: newMapper(opt.Map), plan: &Plan{
+	b := &builder{rec: rec, opt: opt, maps: newMapper(opt.Map), legacy: map[string]int{}, plan: &Plan{
 		Binary: rec.Binary, UID: rec.UID, GID: rec.GID, Groups: rec.Groups,
 		Cwd: rec.Cwd, Machine: rec.Machine, Paused: rec.Paused,
 		RunDir: opt.RunDir, QMPPath: opt.QMPPath, Clone: opt.CloneID,
@@ -276,7 +279,7 @@ func (b *builder) refuse(object, format string, args ...any) *problem.Error {
 	return problem.New(problem.Refused, "plan restore", object, format, args...)
 }
 
-// own is a path in the run directory for something called name.
+// own is a path in QEMU's part of the run directory for something called name.
 func (b *builder) own(name string) string {
 	clean := strings.Map(func(r rune) rune {
 		if r == '/' || r == 0 || r == ',' {
@@ -284,7 +287,7 @@ func (b *builder) own(name string) string {
 		}
 		return r
 	}, name)
-	return filepath.Join(b.opt.RunDir, clean)
+	return filepath.Join(b.opt.RunDir, VMDir, clean)
 }
 
 // freshID returns an id of ours that the command line does not use yet.

@@ -152,14 +152,14 @@ func (b *builder) legacyDevice(e *entry) error {
 			return nil
 		}
 		if clone {
-			path := b.own(e.Name + ".sock")
-			e.Value = mux + "unix:" + path + ",server=on,wait=off"
+			path := b.ownLegacy(e.Name, ".sock")
+			e.Value = mux + "unix:" + cmdline.Escape(path) + ",server=on,wait=off"
 			b.change("-"+e.Name+" "+e.Value, "a clone has sockets of its own")
 			return nil
 		}
 		if w, ok := d.opts.Get("wait"); !ok || isOn(w) {
 			d.opts.Set("wait", "off")
-			e.Value = mux + d.scheme + ":" + d.addr + "," + d.opts.String()
+			e.Value = mux + d.socket()
 			b.change("-"+e.Name+" "+e.Value, "the guest must not wait for a client")
 		}
 		if d.scheme == "unix" {
@@ -171,7 +171,7 @@ func (b *builder) legacyDevice(e *entry) error {
 		// The old syntax cannot append, and would empty the console log.
 		path := d.addr
 		if clone || inheritedFD(path) {
-			path = b.own(e.Name + ".log")
+			path = b.ownLegacy(e.Name, ".log")
 		}
 		id := b.freshID(e.Name)
 		b.append("chardev", "file,id="+id+",path="+cmdline.Escape(path)+",append=on")
@@ -193,6 +193,16 @@ func (b *builder) legacyDevice(e *entry) error {
 		}
 	}
 	return nil
+}
+
+// ownLegacy is a path of its own for each of the devices of one option, which have no
+// ids: of two on one socket, the second would take it away from the first.
+func (b *builder) ownLegacy(option, ext string) string {
+	b.legacy[option]++
+	if n := b.legacy[option]; n > 1 {
+		option += "-" + strconv.Itoa(n)
+	}
+	return b.own(option + ext)
 }
 
 // display treats graphical output.

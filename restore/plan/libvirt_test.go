@@ -35,10 +35,10 @@ func TestLibvirtDomain(t *testing.T) {
 		"-name", "guest=demo,debug-threads=on",
 		"-machine", "pc-q35-7.2,usb=off,memory-backend=pc.ram", "-accel", "tcg",
 		"-object", `{"qom-type":"memory-backend-ram","id":"pc.ram","size":268435456}`,
-		"-chardev", "file,id=charserial0,path=" + runDir + "/charserial0.log,append=on",
+		"-chardev", "file,id=charserial0,path=" + ownDir + "/charserial0.log,append=on",
 		"-sandbox", "on,obsolete=deny,elevateprivileges=deny,spawn=deny,resourcecontrol=deny",
-		"-chardev", "socket,id=charchannel0,path=" + runDir + "/charchannel0.sock,server=on,wait=off",
-		"-vnc", "unix:" + runDir + "/vnc.sock",
+		"-chardev", "socket,id=charchannel0,path=" + ownDir + "/charchannel0.sock,server=on,wait=off",
+		"-vnc", "unix:" + ownDir + "/vnc.sock",
 		"-chardev", "socket,id=other,path=/srv/console.sock,server=on,wait=off",
 	}
 	if !slices.Equal(args, want) {

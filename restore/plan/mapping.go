@@ -62,8 +62,8 @@ func ParseMapping(s string) (Mapping, error) {
 	if m.Old == "" || m.New == "" {
 		return Mapping{}, bad("the root directory cannot be mapped")
 	}
-	if strings.ContainsAny(m.Old, ",\x00") || strings.ContainsRune(m.New, 0) {
-		return Mapping{}, bad("a path with a comma or a NUL cannot be mapped")
+	if strings.ContainsRune(m.Old, 0) || strings.ContainsRune(m.New, 0) {
+		return Mapping{}, bad("a path has no NUL")
 	}
 	return m, nil
 }

@@ -31,7 +31,7 @@ type Options struct {
 	Extra   []string          // further QEMU arguments
 	Binary  string            // instead of the recorded one
 	QMPPath string            // socket of the restored VM; empty: RunDir/qmp.sock
-	RunDir  string            // private directory of the restored VM
+	RunDir  string            // private directory of the restored VM, with VMDir in it
 	DiskDir string            // where the files of Recorded.Disks are to be made
 	// CloneID makes the restored VM a clone: another name, UUID and MACs derived
 	// from this id, and no network, disk or socket shared with the original
@@ -105,6 +105,10 @@ type Plan struct {
 // QMPFD is the placeholder in Args for the descriptor number under which QEMU
 // inherits its listening control socket.
 const QMPFD = "{QMPFD}"
+
+// VMDir is the part of a run directory that belongs to the user QEMU runs as. What
+// lies beside it is believed by whoever restores, who may have more rights.
+const VMDir = "vm"
 
 // Identifiers of what a restore adds to a command line. A later restore of the
 // restored VM finds and replaces them.

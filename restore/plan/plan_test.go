@@ -12,7 +12,10 @@ import (
 	"github.com/ckagent/ckagent/restore/netid"
 )
 
-const runDir = "/run/ckagent/restored/vm-1"
+const (
+	runDir = "/run/ckagent/restored/vm-1"
+	ownDir = runDir + "/" + VMDir
+)
 
 // tail is what every plan ends with.
 var tail = []string{
@@ -81,8 +84,9 @@ func TestBuild(t *testing.T) {
 
 		{"server does not wait", m + "-chardev socket,id=c,path=/run/c.sock,server=on", m + "-chardev socket,id=c,path=/run/c.sock,server=on,wait=off"},
 		{"old server does not wait", m + "-serial unix:/run/c.sock,server", m + "-serial unix:/run/c.sock,server,wait=off"},
+		{"comma in an old socket's path", m + "-serial mon:unix:/run/a,,b,server", m + "-serial mon:unix:path=/run/a,,b,server,wait=off"},
 		{"nowait is understood", m + "-qmp unix:/run/c.sock,server,nowait", m + "-qmp unix:/run/c.sock,server,nowait"},
-		{"inherited socket", m + "-chardev socket,id=mon0,fd=24,server=on,wait=off", m + "-chardev socket,id=mon0,server=on,wait=off,path=" + runDir + "/mon0.sock"},
+		{"inherited socket", m + "-chardev socket,id=mon0,fd=24,server=on,wait=off", m + "-chardev socket,id=mon0,server=on,wait=off,path=" + ownDir + "/mon0.sock"},
 		{"inherited connection", m + "-chardev socket,id=c,fd=24", m + "-chardev null,id=c"},
 		{"log is appended to", m + "-chardev file,id=c,path=/l", m + "-chardev file,id=c,path=/l,append=on"},
 		{"old log is appended to", m + "-serial file:/l", m + "-serial chardev:ckagent-serial0 -chardev file,id=ckagent-serial0,path=/l,append=on"},
@@ -116,6 +120,7 @@ func TestMap(t *testing.T) {
 		{"first match wins", "-kernel /a/k -initrd /b/i", []string{"/a=/b", "/b=/a"}, "-kernel /b/k -initrd /a/i"},
 		{"sockets", "-qmp unix:/run/a.sock,server,nowait -chardev socket,id=c,path=/run/b.sock,server=on,wait=off", []string{"/run=/tmp/r"},
 			"-qmp unix:/tmp/r/a.sock,server,nowait -chardev socket,id=c,path=/tmp/r/b.sock,server=on,wait=off"},
+		{"comma", "-drive file=/vm/a,,b.raw,readonly=on -initrd /vm/a,b.raw", []string{"/vm/a,b.raw=/vm/c,d"}, "-drive file=/vm/c,,d,readonly=on -initrd /vm/c,d"},
 		{"JSON", `-blockdev {"driver":"file","filename":"/a/d","node-name":"n","read-only":true}`, []string{"/a=/b"}, `-blockdev {"driver":"file","filename":"/b/d","node-name":"n","read-only":true}`},
 		{"nested JSON", `-blockdev {"driver":"raw","file":{"driver":"file","filename":"/a/d"},"node-name":"n","read-only":true}`, []string{"/a=/b"},
 			`-blockdev {"driver":"raw","file":{"driver":"file","filename":"/b/d"},"node-name":"n","read-only":true}`},
@@ -152,8 +157,8 @@ func TestClone(t *testing.T) {
 	args := strings.Join(got, " ")
 	for _, want := range []string{
 		"-name web-clone-k7,debug-threads=on ", "-netdev tap,id=n0,script=no,downscript=no ", "-netdev user,id=n1,restrict=on ",
-		"-qmp unix:" + runDir + "/qmp.sock,server=on,wait=off ", "path=" + runDir + "/serial.log,append=on", "-vnc unix:" + runDir + "/vnc.sock ",
-		"file=/fw/code.fd,readonly=on ", "file=" + runDir + "/pflash-vars.fd",
+		"-qmp unix:" + ownDir + "/qmp.sock,server=on,wait=off ", "path=" + ownDir + "/serial.log,append=on", "-vnc unix:" + ownDir + "/vnc.sock ",
+		"file=/fw/code.fd,readonly=on ", "file=" + ownDir + "/pflash-vars.fd",
 	} {
 		if !strings.Contains(args+" ", want) {
 			t.Errorf("no %q in %s", want, args)
@@ -167,7 +172,7 @@ func TestClone(t *testing.T) {
 	if p.OldName != "web" || p.Name != "web-clone-k7" || p.UUID == p.OldUUID {
 		t.Errorf("identity: %q %q %q %q", p.OldName, p.Name, p.OldUUID, p.UUID)
 	}
-	if want := []Copy{{"/vm/vars.fd", runDir + "/pflash-vars.fd"}}; !slices.Equal(p.Copies, want) {
+	if want := []Copy{{"/vm/vars.fd", ownDir + "/pflash-vars.fd"}}; !slices.Equal(p.Copies, want) {
 		t.Errorf("copies %v", p.Copies)
 	}
 	if len(p.Listen) != 0 {
@@ -272,7 +277,7 @@ func TestEnvironment(t *testing.T) {
 }
 
 func TestParseMapping(t *testing.T) {
-	for _, bad := range []string{"", "a", "=b", "a=", "/=/x", "80=/x", "netdev:=x", "/a,b=/c"} {
+	for _, bad := range []string{"", "a", "=b", "a=", "/=/x", "80=/x", "netdev:=x", "/a\x00b=/c"} {
 		if m, err := ParseMapping(bad); problem.CodeOf(err) != problem.Usage {
 			t.Errorf("%q: %+v, %v", bad, m, err)
 		}
@@ -334,5 +339,35 @@ func TestNICs(t *testing.T) {
 	rec.UID = 107
 	if _, err := Build(rec, Options{CloneID: "k7", RunDir: runDir}); !problem.Is(err, problem.Refused) {
 		t.Errorf("a clone whose card needs a tap that its user may not make: %v", err)
+	}
+}
+
+// TestOldSockets: character devices in the old syntax have no ids, and their paths
+// commas that are doubled.
+func TestOldSockets(t *testing.T) {
+	rec := recorded(words("-machine pc-q35-7.2 -serial unix:/run/a.sock,server,nowait -serial unix:/run/b.sock,server,nowait " +
+		"-serial file:/a.log -serial file:/b.log -qmp unix:/run/web,,1.sock,server,nowait")...)
+	p, args := build(t, rec, Options{CloneID: "k7"})
+	seen := map[string]bool{}
+	for _, a := range args {
+		if strings.Contains(a, ownDir) {
+			if path := a[strings.Index(a, ownDir):]; seen[path] {
+				t.Errorf("two devices share %s", path)
+			} else {
+				seen[path] = true
+			}
+		}
+	}
+	if len(seen) != 5 {
+		t.Errorf("%q", args)
+	}
+	if !slices.Contains(p.OldUnix, "/run/web,1.sock") {
+		t.Errorf("the original's sockets: %q", p.OldUnix)
+	}
+	_, args = build(t, rec, Options{Map: maps(t, "/run/a.sock=/run/x,y", "/run/web,1.sock=/run/w")})
+	for _, want := range []string{"unix:path=/run/x,,y,server,nowait", "unix:/run/w,server,nowait"} {
+		if !slices.Contains(args, want) {
+			t.Errorf("no %q in %q", want, args)
+		}
 	}
 }

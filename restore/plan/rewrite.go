@@ -141,7 +141,19 @@ func (b *builder) mapLegacy(val string) string {
 			out += "@" + b.maps.address(from)
 		}
 		return prefix + scheme + ":" + out
-	case "unix", "file", "pipe":
+	case "unix":
+		kv, err := cmdline.ParseKeyVal(addr, "path")
+		if err != nil {
+			return val
+		}
+		kv.Rewrite(func(key, v string) string {
+			if key == "path" {
+				return b.maps.path(v, true)
+			}
+			return v
+		})
+		return prefix + scheme + ":" + kv.String()
+	case "file", "pipe":
 		return prefix + scheme + ":" + b.maps.path(addr, true)
 	}
 	return b.maps.path(val, false)
@@ -152,7 +164,16 @@ type legacyDev struct {
 	mux    bool   // "mon:"
 	scheme string // unix, tcp, telnet, file, pipe, udp; "" for a bare word or path
 	addr   string
-	opts   *cmdline.KeyVal // of sockets: server, nowait, ...
+	opts   *cmdline.KeyVal // of sockets: server, nowait, ... and of unix ones the path
+}
+
+// socket is what makes a socket of it again: the inverse of parseLegacy.
+func (d legacyDev) socket() string {
+	s := d.scheme + ":"
+	if d.scheme != "unix" {
+		s += d.addr + ","
+	}
+	return s + d.opts.String()
 }
 
 func parseLegacy(val string) legacyDev {
@@ -166,7 +187,13 @@ func parseLegacy(val string) legacyDev {
 		return d
 	}
 	switch scheme {
-	case "tcp", "telnet", "websocket", "unix", "tn3270":
+	case "unix": // a comma of the path is doubled
+		d.scheme = scheme
+		d.opts, _ = cmdline.ParseKeyVal(addr, "path")
+		if d.opts != nil {
+			d.addr, _ = d.opts.Get("path")
+		}
+	case "tcp", "telnet", "websocket", "tn3270":
 		d.scheme = scheme
 		a, o, _ := strings.Cut(addr, ",")
 		d.addr = a
