@@ -106,8 +106,16 @@ type runDir struct {
 
 // runDirName is the directory a restore by this process would use.
 func runDirName(root, name string) string {
-	return filepath.Join(root, cleanName(name)+"-"+strconv.Itoa(os.Getpid()))
+	clean := cleanName(name)
+	if len(clean) > maxRunName {
+		clean = clean[:maxRunName]
+	}
+	return filepath.Join(root, clean+"-"+strconv.Itoa(os.Getpid()))
 }
+
+// maxRunName is how much of a VM's name its run directory has: a socket's path has 107
+// bytes, and those in there have names as well. The state says the name whole.
+const maxRunName = 40
 
 // cleanName makes a VM's name a file's.
 func cleanName(name string) string {
@@ -117,7 +125,7 @@ func cleanName(name string) string {
 		}
 		return r
 	}, name)
-	if len(clean) > 100 { // a socket's path has 107 bytes
+	if len(clean) > 100 {
 		clean = clean[:100]
 	}
 	if clean == "." || clean == ".." || clean == "" {

@@ -10,6 +10,7 @@ import (
 	"golang.org/x/sys/unix"
 
 	"github.com/ckagent/ckagent/restore/liveness"
+	"github.com/ckagent/ckagent/restore/plan"
 )
 
 // TestRunDirOfSamePID: in a container every restore may have the same pid. What an
@@ -79,6 +80,14 @@ func TestSweepUnrecordedQEMU(t *testing.T) {
 	}
 	if _, err := startTicks(held.Process.Pid); err == nil {
 		t.Error("its QEMU lives on, and nobody knows of it")
+	}
+}
+
+// TestRunDirOfLongName: there is room for a socket's path, which has 107 bytes.
+func TestRunDirOfLongName(t *testing.T) {
+	name := runDirName(RunRoot, strings.Repeat("namespace_", 12)+"-clone-0123abcd")
+	if qga := filepath.Join(name+".12", plan.VMDir, "org.qemu.guest_agent.0.sock"); len(qga) > 107 {
+		t.Errorf("%s has %d bytes", qga, len(qga))
 	}
 }
 

@@ -53,6 +53,17 @@ func TestChooseMode(t *testing.T) {
 	}
 }
 
+// TestOverlayDirIsAbsolute: the guardian of an agent that died looks for the overlays
+// from elsewhere; one that it does not find is taken for the last that a guest wrote.
+func TestOverlayDirIsAbsolute(t *testing.T) {
+	if _, err := (Options{OverlayDir: "overlays"}).withDefaults(); !problem.Is(err, problem.Usage) {
+		t.Errorf("relative: %v", err)
+	}
+	if _, err := (Options{OverlayDir: "/overlays"}).withDefaults(); err != nil {
+		t.Error(err)
+	}
+}
+
 // proofs is what is known, of which what is untried is found out if it is waited for.
 type proofs struct {
 	known, found error

@@ -3,6 +3,7 @@ package capture
 import (
 	"context"
 	"fmt"
+	"path/filepath"
 	"time"
 
 	"github.com/ckagent/ckagent/agent/image"
@@ -91,7 +92,8 @@ type Options struct {
 	// DiskMemoryBytes bounds the memory for what the guest overwrites on its disks
 	// before it was copied. Default: a quarter of what is available, at most 1 GiB.
 	DiskMemoryBytes uint64
-	// OverlayDir is where overlays are made. Default: each beside its image.
+	// OverlayDir is where overlays are made, absolute: a guardian, which removes them
+	// should we die, is elsewhere. Default: each beside its image.
 	OverlayDir string
 
 	// Helper is the command line that starts a helper process of ours: the verb
@@ -177,6 +179,9 @@ func (o Options) withDefaults() (Options, error) {
 	case DisksBackup, DisksOverlay, DisksSnapshot, DisksNone:
 	default:
 		return o, usage("disks %q: want backup, overlay, snapshot or none", o.Disks)
+	}
+	if o.OverlayDir != "" && !filepath.IsAbs(o.OverlayDir) {
+		return o, usage("directory for overlays %q: want an absolute path", o.OverlayDir)
 	}
 	switch o.Engine {
 	case EngineAuto, EngineUffd, EngineBPF:

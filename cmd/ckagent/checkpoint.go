@@ -82,10 +82,13 @@ func (f *captureFlags) spec(c *cobra.Command) *apipb.Spec {
 	s := &apipb.Spec{Direct: f.direct, Parent: f.parent, FullEvery: proto.Int32(int32(f.fullEvery)), Dedup: f.dedup, Tenant: f.tenant,
 		Name: f.name, Qmp: f.qmp, Mode: f.mode, Engine: f.engine, MaxStallNs: int64(f.maxStall),
 		MinFreeBytes: uint64(f.minFree), ArenaBytes: uint64(f.captureMem), BufferBytes: uint64(f.bufferMem),
-		Disks: f.disks, DiskSpeedBytes: uint64(f.diskSpeed), DiskMemoryBytes: uint64(f.diskMem), OverlayDir: f.overlayDir,
+		Disks: f.disks, DiskSpeedBytes: uint64(f.diskSpeed), DiskMemoryBytes: uint64(f.diskMem),
 		PreHook: f.preHook, PostHook: f.postHook, HookTimeoutNs: int64(f.hookTimeout)}
 	if given("store") {
 		s.Store = absolute(f.store)
+	}
+	if f.overlayDir != "" {
+		s.OverlayDir = absolute(f.overlayDir)
 	}
 	if given("compress") {
 		s.Compress = f.compress

@@ -61,7 +61,11 @@ func runImport(c *cobra.Command, a *app, o *importOptions, args []string) (err e
 	in := os.Stdin
 	if file != "-" {
 		if in, err = os.Open(file); err != nil {
-			return problem.New(problem.NotFound, "import", file, "%w", err)
+			code := problem.Failed
+			if errors.Is(err, os.ErrNotExist) {
+				code = problem.NotFound
+			}
+			return problem.New(code, "import", file, "%w", err)
 		}
 		defer in.Close()
 		st, err := in.Stat()

@@ -88,7 +88,7 @@ func splitArgs(c *cobra.Command, args []string, what string) (ref string, extra 
 }
 
 func (o *restoreOptions) options(extra []string) (restore.Options, error) {
-	r := restore.Options{QMPPath: o.qmp, Extra: extra, Binary: o.binary, Eager: o.eager || !o.lazy, Detach: o.detach,
+	r := restore.Options{Extra: extra, Eager: o.eager || !o.lazy, Detach: o.detach,
 		Clone: o.clone, AssumeDead: o.assumeDead, Paused: o.paused, BytesPerSecond: uint64(o.rate),
 		ForceCPU: o.forceCPU, HostClock: o.clock == "host", Secrets: map[string]string{}, FlattenDisks: o.flatten}
 	if o.clock != "guest" && o.clock != "host" {
@@ -103,6 +103,13 @@ func (o *restoreOptions) options(extra []string) (restore.Options, error) {
 			return r, usageError("--disk-dir %q: %w", o.diskDir, err)
 		}
 	}
+	// QEMU, which runs in another directory, and whoever is told of these must find them.
+	if o.qmp != "" {
+		r.QMPPath = absolute(o.qmp)
+	}
+	if o.binary != "" {
+		r.Binary = absolute(o.binary)
+	}
 	for _, m := range o.maps {
 		mapping, err := plan.ParseMapping(m)
 		if err != nil {
@@ -115,7 +122,7 @@ func (o *restoreOptions) options(extra []string) (restore.Options, error) {
 		if !ok || id == "" || file == "" {
 			return r, usageError("--secret %q: want ID=FILE", s)
 		}
-		r.Secrets[id] = file
+		r.Secrets[id] = absolute(file)
 	}
 	r.Self = selfexe.Path()
 	return r, nil

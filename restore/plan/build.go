@@ -127,7 +127,33 @@ func (b *builder) parse(argv, changes []string) error {
 		}
 		return nil
 	}
-	return add(opts)
+	if err := add(opts); err != nil {
+		return err
+	}
+	b.inlineSet()
+	return nil
+}
+
+// inlineSet puts the value of each -set GROUP.ID.KEY=VALUE into the option it is about,
+// where it is seen and rewritten like any other. QEMU applies it after that option: left
+// alone it would give a drive its original image back.
+func (b *builder) inlineSet() {
+	b.drop(func(e *entry) bool {
+		target, val, ok := strings.Cut(e.Value, "=")
+		group, rest, grouped := strings.Cut(target, ".")
+		id, key, keyed := strings.Cut(rest, ".")
+		if e.Name != "set" || !ok || !grouped || !keyed || key == "" {
+			return false
+		}
+		for o := range b.named(group) {
+			if o.kv != nil && o.get("id") == id {
+				o.kv.Set(key, val)
+				b.change("-set "+e.Value, "the option it changes says so itself")
+				return true
+			}
+		}
+		return false
+	})
 }
 
 // keep decides about options that must not be repeated at all.

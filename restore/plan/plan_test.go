@@ -93,6 +93,8 @@ func TestBuild(t *testing.T) {
 		{"mux keeps", m + "-serial mon:stdio", m + "-serial mon:stdio"},
 		{"client stays", m + "-chardev socket,id=c,host=h,port=1,reconnect=2", m + "-chardev socket,id=c,host=h,port=1,reconnect=2"},
 		{"terminal display", m + "-display curses", m + "-display none"},
+		{"what -set says", m + "-drive id=d,if=none,file=/a.iso,readonly=on -set drive.d.file=/b,1.iso -set device.x.y=z",
+			m + "-drive id=d,if=none,file=/b,,1.iso,readonly=on -set device.x.y=z"},
 		{"window without a desktop", m + "-display gtk,gl=on", m + "-display none"},
 		{"generation id", m + "-device vmgenid,guid=324e6eaf-d1d1-4bf6-bf41-b9bb6c91fb87", m + "-device vmgenid,guid=auto"},
 		{"guest text is left alone", m + "-append console=/dev/shm -name a,process=b", m + "-append console=/dev/shm -name a,process=b"},
