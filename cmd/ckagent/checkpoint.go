@@ -6,6 +6,7 @@ import (
 	"fmt"
 	"path/filepath"
 	"strconv"
+	"strings"
 	"time"
 
 	"github.com/spf13/cobra"
@@ -16,6 +17,7 @@ import (
 	"github.com/ckagent/ckagent/agent/api/apipb"
 	"github.com/ckagent/ckagent/agent/capture"
 	"github.com/ckagent/ckagent/agent/problem"
+	"github.com/ckagent/ckagent/agent/qmp"
 	"github.com/ckagent/ckagent/agent/store"
 )
 
@@ -80,7 +82,7 @@ func (f *captureFlags) add(c *cobra.Command) {
 func (f *captureFlags) spec(c *cobra.Command) *apipb.Spec {
 	given := c.Flags().Changed
 	s := &apipb.Spec{Direct: f.direct, Parent: f.parent, FullEvery: proto.Int32(int32(f.fullEvery)), Dedup: f.dedup, Tenant: f.tenant,
-		Name: f.name, Qmp: f.qmp, Mode: f.mode, Engine: f.engine, MaxStallNs: int64(f.maxStall),
+		Name: f.name, Qmp: absoluteMonitor(f.qmp), Mode: f.mode, Engine: f.engine, MaxStallNs: int64(f.maxStall),
 		MinFreeBytes: uint64(f.minFree), ArenaBytes: uint64(f.captureMem), BufferBytes: uint64(f.bufferMem),
 		Disks: f.disks, DiskSpeedBytes: uint64(f.diskSpeed), DiskMemoryBytes: uint64(f.diskMem),
 		PreHook: f.preHook, PostHook: f.postHook, HookTimeoutNs: int64(f.hookTimeout)}
@@ -108,6 +110,16 @@ func absolute(path string) string {
 		return abs
 	}
 	return path
+}
+
+// absoluteMonitor is absolute for the address of a monitor: a guardian, which has to find
+// it when we are dead, is elsewhere. What is no address stays, to be refused as it is.
+func absoluteMonitor(address string) string {
+	e, err := qmp.ParseEndpoint(address)
+	if err != nil || e.Network != "unix" || strings.HasPrefix(e.Address, "@") || filepath.IsAbs(e.Address) {
+		return address
+	}
+	return "unix:" + absolute(e.Address)
 }
 
 // plan is what the flags ask of this process itself.

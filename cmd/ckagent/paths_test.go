@@ -24,6 +24,12 @@ func TestPathsForOthers(t *testing.T) {
 	if s := f.spec(c); s.GetOverlayDir() != dir+"/overlays" {
 		t.Errorf("checkpoint: %q", s.GetOverlayDir())
 	}
+	for in, want := range map[string]string{"": "", "q.sock": "unix:" + dir + "/q.sock", "unix:./q.sock": "unix:" + dir + "/q.sock",
+		"/q.sock": "/q.sock", "unix:@name": "unix:@name", "tcp:h:1": "tcp:h:1", "what:x": "what:x"} {
+		if f.qmp = in; f.spec(c).GetQmp() != want {
+			t.Errorf("monitor %q: %q, want %q", in, f.spec(c).GetQmp(), want)
+		}
+	}
 	f.overlayDir = ""
 	if s := f.spec(c); s.GetOverlayDir() != "" {
 		t.Errorf("checkpoint, none given: %q", s.GetOverlayDir())
