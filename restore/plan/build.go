@@ -74,7 +74,7 @@ func Build(rec Recorded, opt Options) (*Plan, error) {
 	b.identity()
 	b.collectOld()
 	for _, step := range []func() error{
-		b.secrets, b.applyMap, b.managed, b.disks, b.machine, b.memory, b.endpoints, b.network, b.storage, b.clone,
+		b.secrets, b.applyMap, b.earlier, b.managed, b.disks, b.machine, b.memory, b.endpoints, b.network, b.storage, b.clone,
 		b.maps.unused, b.extra, b.files,
 	} {
 		if err := step(); err != nil {

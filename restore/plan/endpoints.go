@@ -2,6 +2,7 @@ package plan
 
 import (
 	"path/filepath"
+	"regexp"
 	"strconv"
 	"strings"
 
@@ -190,6 +191,39 @@ func (b *builder) legacyDevice(e *entry) error {
 		if clone && strings.HasPrefix(d.addr, "/dev/") {
 			e.Value = "null"
 			b.change(name+": null", "a clone must not share it with the original; map it to connect it")
+		}
+	}
+	return nil
+}
+
+// earlier moves what an earlier restore of this VM had put into its run directory, which
+// ended with that QEMU, into the one of this restore.
+func (b *builder) earlier() error {
+	root := filepath.Dir(b.opt.RunDir)
+	gone, err := regexp.Compile(regexp.QuoteMeta(root) + "/[^/,]+/" + VMDir + "/")
+	if err != nil || b.opt.RunDir == "" {
+		return err
+	}
+	move := func(val string) string {
+		at := gone.FindStringIndex(val)
+		if at == nil {
+			return val
+		}
+		to := val[:at[0]] + b.own("") + "/" + val[at[1]:]
+		b.change(to, "the directory that an earlier restore had made for it is gone")
+		return to
+	}
+	for e := range b.named("chardev", "vnc", "spice", "display") {
+		e.kv.Rewrite(func(key, val string) string {
+			if e.mapped[key] {
+				return val
+			}
+			return move(val)
+		})
+	}
+	for _, e := range b.opts {
+		if legacyDevOptions[e.Name] && !e.mapped[""] {
+			e.Value = move(e.Value)
 		}
 	}
 	return nil

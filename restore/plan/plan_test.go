@@ -93,6 +93,8 @@ func TestBuild(t *testing.T) {
 		{"mux keeps", m + "-serial mon:stdio", m + "-serial mon:stdio"},
 		{"client stays", m + "-chardev socket,id=c,host=h,port=1,reconnect=2", m + "-chardev socket,id=c,host=h,port=1,reconnect=2"},
 		{"terminal display", m + "-display curses", m + "-display none"},
+		{"an earlier restore's sockets", m + "-chardev socket,id=c,path=/run/ckagent/restored/vm-0.3/vm/c.sock,server=on,wait=off -vnc unix:/run/ckagent/restored/vm-0/vm/vnc.sock -serial unix:/run/ckagent/restored/vm-0/vm/serial.sock,server,nowait",
+			m + "-chardev socket,id=c,path=" + ownDir + "/c.sock,server=on,wait=off -vnc unix:" + ownDir + "/vnc.sock -serial unix:" + ownDir + "/serial.sock,server,nowait"},
 		{"what -set says", m + "-drive id=d,if=none,file=/a.iso,readonly=on -set drive.d.file=/b,1.iso -set device.x.y=z",
 			m + "-drive id=d,if=none,file=/b,,1.iso,readonly=on -set device.x.y=z"},
 		{"window without a desktop", m + "-display gtk,gl=on", m + "-display none"},
