@@ -4,8 +4,6 @@ import (
 	"context"
 	"errors"
 	"os"
-	"runtime"
-	"slices"
 	"time"
 
 	"github.com/ckagent/ckagent/agent/affinity"
@@ -26,19 +24,17 @@ type cow struct {
 
 // startCOW starts the fault server; prearm waits until it is ready.
 func startCOW(s *session, control *os.File) (*cow, error) {
+	allowed, idle := spareProcessors()
 	// Every fault wakes all fault threads. A second one pays only where there are
 	// processors to spare.
-	faults := max(1, min(2, len(s.target.VCPUs), runtime.NumCPU()/4))
+	faults := max(1, min(2, len(s.target.VCPUs), allowed/4))
 	if s.engine == EngineBPF {
 		faults = 1
 	}
-	scans := max(1, min(4, runtime.NumCPU()/2))
 	pages := int(s.o.ArenaBytes / source.PageBytes)
-	if slices.ContainsFunc(s.blocks, func(b source.Block) bool { return b.Whole }) {
-		scans = max(1, min(scans, pages/3/(2*source.WholePages))) // half of a ring must hold one
-	}
+	scans := min(scanThreads(allowed, idle, s.o.Compress != "none"), max(1, pages/3/scanRingPages))
 	throttled := s.mayThrottle()
-	scanPages := min(scanRingBytes/source.PageBytes, pages/3/scans)
+	scanPages := min(scanRingPages, pages/3/scans)
 	self, args := faultServerCommand(s.o.Helper)
 	start := faultserver.Start{
 		Self: self, Args: args, Control: control,
@@ -66,10 +62,10 @@ func startCOW(s *session, control *os.File) (*cow, error) {
 }
 
 const (
-	// scanRingBytes is as little as lets a huge page pass (half of a ring): what the
+	// scanRingPages is as little as lets a huge page pass (half of a ring): what the
 	// scanner has copied is then still in the processor's cache when it is hashed and
 	// written, and so is the memory it copies into.
-	scanRingBytes  = 4 << 20
+	scanRingPages  = 2 * source.WholePages
 	faultAround    = 16
 	collapseBudget = 2 * time.Second
 	// kernelRingBytes is what the guest may write between two looks at the ring: 8,000

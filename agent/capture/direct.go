@@ -12,18 +12,16 @@ import (
 	"github.com/ckagent/ckagent/agent/problem"
 )
 
-const (
-	directStep    = 1 << 20 / source.PageBytes // pages per read and write
-	directWorkers = 2
-)
+const directStep = 1 << 20 / source.PageBytes // pages per read and write
 
 // storeStall is how long a store may take nothing while the VM stands still for it.
 const storeStall = 10 * time.Second
 
 // direct is one writing of a stopped VM's RAM to the image.
 type direct struct {
-	steps atomic.Int64 // done
-	ended chan struct{}
+	workers int          // threads of write
+	steps   atomic.Int64 // done
+	ended   chan struct{}
 }
 
 // run returns when work has, when ctx ends, or when no step was done for stall:
@@ -89,7 +87,7 @@ func (d *direct) write(ctx context.Context, src *source.Source, w *image.Writer,
 	}
 	var next atomic.Int64
 	g, ctx := errgroup.WithContext(ctx)
-	for range directWorkers {
+	for range d.workers {
 		g.Go(func() error {
 			buf := make([]byte, directStep*source.PageBytes)
 			var runs []pageRun

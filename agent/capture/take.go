@@ -304,7 +304,7 @@ func (s *session) capture(ctx context.Context) (hot image.HotRuns, err error) {
 		}
 		after = func(ctx context.Context) error { return buf.write(ctx, s.writer, s.o.pace) }
 	default:
-		d := &direct{}
+		d := &direct{workers: directThreads(spareProcessors())}
 		defer d.join()
 		inside = func(ctx context.Context) error {
 			written, err := s.written(ctx)

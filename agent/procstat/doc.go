@@ -1,5 +1,5 @@
 // Package procstat reads /proc/PID/stat: who a process is and whether it still runs. And
-// /proc/meminfo: what the host has left.
+// /proc/meminfo and /proc/stat: what the host has left, of memory and of processors.
 //
 // A pid names a process only until it is reused; a pid and StartTicks together name
 // it for good (within one boot and one pid namespace). Whoever needs the answer to
