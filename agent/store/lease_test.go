@@ -4,6 +4,7 @@ import (
 	"bufio"
 	"context"
 	"fmt"
+	"os"
 	"os/exec"
 	"path/filepath"
 	"strings"
@@ -388,7 +389,25 @@ func TestDiskNeedsCheckpoint(t *testing.T) {
 			t.Errorf("%s: retention: %+v %v", what, rep, err)
 		}
 	}
-	held("no such image", false)
+	// Between the lease and the image, and between the lease's name and its content.
+	held("about to be made", true)
+	unwritten := filepath.Join(filepath.Dir(img.lease), s.id.leaseName(Disk, 7))
+	if err := release(); err != nil {
+		t.Fatal(err)
+	}
+	if err := os.WriteFile(unwritten, nil, 0o600); err != nil {
+		t.Fatal(err)
+	}
+	if rep, err := s.GC(ctx, GCOptions{}); err != nil || len(rep.Removed) != 0 {
+		t.Errorf("gc of a lease that is being written: %+v, %v", rep.Removed, err)
+	}
+	if err := os.WriteFile(unwritten, []byte(disk), 0o600); err != nil {
+		t.Fatal(err)
+	}
+	release = func() error { return removeFile(s.fs, unwritten) }
+	// From here on who took it has ended.
+	s.id.alive = func(int, uint64) bool { return false }
+	held("no such image, and nobody to make it", false)
 	qemuImg("create", "-q", "-f", "qcow2", "-b", below, "-F", "qcow2", disk)
 	held("built on another", true)
 	far := s.with(func(id *identity) { id.host = "far+00000000" })

@@ -74,25 +74,33 @@ func (i *Image) HoldFor(ctx context.Context, path string) (release func() error,
 	return sync.OnceValue(func() error { return fsys.Problem("release lease", name, removeFile(i.s.fs, name)) }), nil
 }
 
-// resolveDisk finds out whether the image of a Disk lease still needs the checkpoint.
-// What cannot be told counts as needed.
+// resolveDisk finds out whether the image of a Disk lease still needs the checkpoint. It
+// does while who took the lease is about to make it: that process may be between the
+// lease's name and its content, or between the lease and the image. What cannot be told
+// counts as needed.
 func (s *Store) resolveDisk(l *Lease, name string) {
 	if l.Host != s.id.host {
 		l.State = Unknown
 		return
 	}
+	unmade := l.State // as the process that took it
 	l.State = Live
 	b, err := fsys.ReadFileLimit(s.fs, name, maxHoldBytes)
-	if errors.Is(err, fs.ErrNotExist) || err == nil && !filepath.IsAbs(string(b)) {
-		l.State = Dead // given back just now, or never finished: there was no image yet
+	switch {
+	case errors.Is(err, fs.ErrNotExist):
+		l.State = Dead // given back just now
 		return
-	}
-	if err != nil {
+	case err != nil:
+		return
+	case !filepath.IsAbs(string(b)):
+		l.State = unmade
 		return
 	}
 	l.Path = strings.ToValidUTF8(string(b), "?")
 	switch h, err := qcow2.ReadHeader(string(b)); {
-	case errors.Is(err, fs.ErrNotExist), err == nil && h.Backing == "":
+	case errors.Is(err, fs.ErrNotExist):
+		l.State = unmade
+	case err == nil && h.Backing == "":
 		l.State = Dead
 	}
 }
