@@ -186,19 +186,22 @@ func (d *driver) ask() {
 	d.send(nil, eventOf(v.Decision, time.Now()))
 }
 
-// eventOf is a decision as the controller takes it.
+// eventOf is a decision as the controller takes it. A policy says by the wall clock of now
+// when something is to be done; what it means is how long from now, and that is not to
+// change when the clock is set.
 func eventOf(d *policy.Decision, now time.Time) controller.Decided {
+	from := func(ns int64) time.Time { return now.Add(time.Duration(ns - now.UnixNano())) }
 	var e controller.Decided
 	switch {
 	case d.GetNow():
 		e.At = now
 	case d.GetAtNs() != 0:
-		e.At = time.Unix(0, d.GetAtNs())
+		e.At = from(d.GetAtNs())
 	case d.GetIdleSlot() != nil: // not offered, so never asked for; the deadline holds
-		e.At = time.Unix(0, d.GetIdleSlot().GetDeadlineNs())
+		e.At = from(d.GetIdleSlot().GetDeadlineNs())
 	}
 	if d.GetAskAgainNs() != 0 {
-		e.Again = time.Unix(0, d.GetAskAgainNs())
+		e.Again = from(d.GetAskAgainNs())
 	}
 	return e
 }

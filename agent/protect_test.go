@@ -96,3 +96,24 @@ func TestWhatADecisionMeans(t *testing.T) {
 		}
 	}
 }
+
+// TestClockIsSet: what was decided happens after the time that was meant, whatever becomes
+// of the wall clock; a time without a monotonic reading would be compared with that.
+func TestClockIsSet(t *testing.T) {
+	now := time.Now()
+	in := func(d time.Duration) int64 { return now.Add(d).UnixNano() }
+	for _, d := range []*policy.Decision{
+		{When: &policypb.Decision_AtNs{AtNs: in(time.Hour)}, AskAgainNs: in(time.Minute)},
+		{When: &policypb.Decision_IdleSlot{IdleSlot: &policypb.IdleSlot{DeadlineNs: in(time.Hour)}}, AskAgainNs: in(time.Minute)},
+	} {
+		e := eventOf(d, now)
+		for what, at := range map[string]time.Time{"the checkpoint": e.At, "asking again": e.Again} {
+			if at == at.Round(0) { // which takes the monotonic reading away
+				t.Errorf("%v: %s waits for the wall clock: %v", d, what, at)
+			}
+		}
+		if e.At.Sub(now) != time.Hour || e.Again.Sub(now) != time.Minute {
+			t.Errorf("%v: %v and %v", d, e.At.Sub(now), e.Again.Sub(now))
+		}
+	}
+}
