@@ -14,6 +14,7 @@ import (
 	"sync"
 	"time"
 
+	"golang.org/x/net/netutil"
 	"google.golang.org/grpc"
 	"google.golang.org/grpc/credentials"
 
@@ -27,6 +28,10 @@ import (
 
 // lookEvery is how often the VMs are looked at for Top and the metrics.
 const lookEvery = time.Second
+
+// readConnections bounds the clients of the socket that is for looking only. Each costs a
+// descriptor, and those are the VMs' before they are a group's that may do nothing to them.
+const readConnections = 64
 
 // drainTimeout is how long calls under way are waited for at the end.
 const drainTimeout = 2 * time.Second
@@ -61,7 +66,7 @@ func (d *Daemon) listen(ctx context.Context) (_ *servers, err error) {
 		if l, err = listenUnix(d.cfg.ReadSocket, d.cfg.ReadGroup); err != nil {
 			return nil, err
 		}
-		add(l, readOnlyServer())
+		add(netutil.LimitListener(l, readConnections), readOnlyServer())
 	}
 	if t := d.cfg.TLS; t.Listen != "" {
 		cfg, err := t.config()

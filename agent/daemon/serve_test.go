@@ -280,3 +280,46 @@ func TestSocketGroups(t *testing.T) {
 		}
 	}
 }
+
+// TestReadersAreBounded: who may only look takes no more than so many of the daemon's
+// descriptors, and has the next turn when one of them goes.
+func TestReadersAreBounded(t *testing.T) {
+	s := serve(t, func(*Config) {})
+	hello := append([]byte("PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n"), 0, 0, 0, 4, 0, 0, 0, 0, 0) // an empty SETTINGS frame
+	knock := func() net.Conn {
+		c, err := net.Dial("unix", s.d.cfg.ReadSocket)
+		if err != nil {
+			t.Fatal(err)
+		}
+		t.Cleanup(func() { _ = c.Close() }) // again, for some
+		if _, err := c.Write(hello); err != nil {
+			t.Fatal(err)
+		}
+		return c
+	}
+	served := func(c net.Conn, within time.Duration) error {
+		if err := c.SetReadDeadline(time.Now().Add(within)); err != nil {
+			t.Fatal(err)
+		}
+		_, err := c.Read(make([]byte, 1))
+		return err
+	}
+	var in []net.Conn
+	for range readConnections {
+		c := knock()
+		if err := served(c, time.Minute); err != nil {
+			t.Fatal(err)
+		}
+		in = append(in, c)
+	}
+	late := knock()
+	if err := served(late, 200*time.Millisecond); !errors.Is(err, os.ErrDeadlineExceeded) {
+		t.Errorf("one more: %v", err)
+	}
+	if err := in[0].Close(); err != nil {
+		t.Fatal(err)
+	}
+	if err := served(late, time.Minute); err != nil {
+		t.Errorf("when one has gone: %v", err)
+	}
+}
