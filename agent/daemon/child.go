@@ -118,7 +118,8 @@ func (w *ward) rehearseOnSchedule(ctx context.Context, log *slog.Logger) (stop f
 	}
 	first := every
 	if r.Rehearsal != nil { // the schedule goes on where the daemon before this one left it
-		first = max(0, time.Until(time.Unix(0, r.Rehearsal.GetAtNs()).Add(every)))
+		// Not later than one interval, should the clock have been set back since.
+		first = min(every, max(0, time.Until(time.Unix(0, r.Rehearsal.GetAtNs()).Add(every))))
 	}
 	// It takes a turn like a checkpoint: both read and write the store.
 	return onSchedule(ctx, first, w.d.limits.turns, func(ctx context.Context) time.Duration {

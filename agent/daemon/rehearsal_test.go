@@ -98,6 +98,22 @@ func TestRehearsalsOnSchedule(t *testing.T) {
 		t.Errorf("rehearsed within an hour: %q", c)
 	}
 
+	// It was rehearsed in the future: the clock was set back since.
+	set, calls := rehearser(t, good)
+	ahead := rec
+	ahead.Rehearsal = &apipb.Rehearsal{AtNs: time.Now().Add(1000 * time.Hour).UnixNano(), Ok: true, Id: "old"}
+	ahead.Spec = &apipb.Spec{Store: "/store", RehearseEveryNs: int64(every)}
+	w = newWard(set, ahead, true)
+	stop = w.rehearseOnSchedule(t.Context(), log)
+	for late := time.After(time.Minute); calls()[0] == ""; {
+		select {
+		case <-time.After(5 * time.Millisecond):
+		case <-late:
+			t.Fatal("not rehearsed within a minute of the clock being set back")
+		}
+	}
+	stop()
+
 	// While all turns are taken none begins.
 	busy, calls := rehearser(t, good)
 	ctx, cancel := context.WithCancel(t.Context())
