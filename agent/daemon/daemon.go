@@ -145,7 +145,10 @@ func (d *Daemon) admit(r Record, takenUp bool) (*ward, error) {
 		return nil, problem.New(problem.Busy, "attach", "VM "+r.Name, "a VM of this name is protected: pid %d", other.pid()).
 			WithHint("detach that one, or give this one another --name")
 	}
-	delete(d.gone, r.Name)
+	if before, ok := d.gone[r.Name]; ok {
+		w.before = &before
+		delete(d.gone, r.Name)
+	}
 	d.wards[r.Name] = w
 	d.wg.Go(func() {
 		w.tend(d.ctx)
@@ -154,6 +157,8 @@ func (d *Daemon) admit(r Record, takenUp bool) (*ward, error) {
 		delete(d.wards, r.Name)
 		if last := w.record(); last.Ending != nil {
 			d.gone[r.Name] = last
+		} else if w.putBack {
+			d.gone[r.Name] = *w.before
 		}
 	})
 	return w, nil
@@ -194,21 +199,21 @@ func (d *Daemon) departed() []Record {
 	return list
 }
 
-// forgetGone forgets a VM that is gone.
-func (d *Daemon) forgetGone(ref string) bool {
+// forgetGone forgets a VM that is gone, if there is such a one.
+func (d *Daemon) forgetGone(ref string) (found bool, err error) {
 	for _, r := range d.departed() {
 		if !agent.Names(ref, r.Name, r.PID) {
 			continue
 		}
 		if err := d.state.Remove(r.Name); err != nil {
-			d.log.Error("state is not kept", "vm", r.Name, "error", err)
+			return true, err // or it is back with the next daemon
 		}
 		d.mu.Lock()
 		delete(d.gone, r.Name)
 		d.mu.Unlock()
-		return true
+		return true, nil
 	}
-	return false
+	return false, nil
 }
 
 // complete fills in what an attach left open.

@@ -7,7 +7,6 @@ import (
 	"net/url"
 	"os"
 	"path/filepath"
-	"slices"
 	"strings"
 	"time"
 
@@ -60,10 +59,18 @@ func BootID() string {
 	return strings.TrimSpace(string(b))
 }
 
-// Alive reports whether the VM's process is there, as far as this boot knows it.
+// Alive reports whether the VM's process is there, as far as this boot knows it. It says
+// no only if that is certain: a VM that is written down as gone is protected no longer,
+// and a process that has too many open files can read nothing about any other.
 func (r Record) Alive() bool {
+	if boot := BootID(); boot != "" && r.BootID != boot {
+		return false
+	}
 	st, err := procstat.Read(r.PID)
-	return err == nil && r.BootID == BootID() && st.StartTicks == r.StartTicks && !st.Ended()
+	if err != nil {
+		return !errors.Is(err, os.ErrNotExist) && !errors.Is(err, unix.ESRCH)
+	}
+	return st.StartTicks == r.StartTicks && !st.Ended()
 }
 
 // Adopt makes another process the VM's, which was brought back.
@@ -110,7 +117,7 @@ func OpenState(dir string) (*State, error) {
 		return nil, errors.Join(problem.New(code, op, dir, "%w", err).WithHint("one ckagent daemon runs on it at a time"), f.Close())
 	}
 	// Left by one that was killed while it wrote. Records have an end to their names.
-	stale, err := filepath.Glob(filepath.Join(dir, ".new-*[0-9]"))
+	stale, err := filesIn(dir, ".new-*[0-9]")
 	for _, path := range stale {
 		err = errors.Join(err, os.Remove(path))
 	}
@@ -201,11 +208,10 @@ func (s *State) Read() ([]Record, error) { return ReadRecords(s.dir) }
 // unprotected.
 func ReadRecords(dir string) ([]Record, error) {
 	const op = "read state"
-	files, err := filepath.Glob(filepath.Join(dir, "*.json"))
+	files, err := filesIn(dir, "*.json")
 	if err != nil {
 		return nil, problem.New(problem.Failed, op, dir, "%w", err)
 	}
-	slices.Sort(files)
 	var list []Record
 	var errs []error
 	for _, path := range files {
@@ -217,6 +223,26 @@ func ReadRecords(dir string) ([]Record, error) {
 		list = append(list, r)
 	}
 	return list, errors.Join(errs...)
+}
+
+// filesIn lists the files of a directory whose names match a pattern, by name; none if it
+// is not there. Unlike filepath.Glob it says that a directory cannot be read, and takes no
+// part of the directory's own name for a pattern.
+func filesIn(dir, pattern string) (paths []string, err error) {
+	entries, err := os.ReadDir(dir)
+	if err != nil && !errors.Is(err, os.ErrNotExist) {
+		return nil, err
+	}
+	for _, e := range entries {
+		ok, err := filepath.Match(pattern, e.Name())
+		if err != nil {
+			return nil, err
+		}
+		if ok {
+			paths = append(paths, filepath.Join(dir, e.Name()))
+		}
+	}
+	return paths, nil
 }
 
 const maxRecordBytes = 1 << 20

@@ -113,7 +113,11 @@ func (s *service) SetPolicy(ctx context.Context, r *apipb.SetPolicyRequest) (*ap
 func (s *service) Detach(ctx context.Context, r *apipb.DetachRequest) (*apipb.DetachReply, error) {
 	w, err := s.find(r.GetVm())
 	if err != nil {
-		if s.d.forgetGone(r.GetVm()) {
+		found, failed := s.d.forgetGone(r.GetVm())
+		if failed != nil {
+			return nil, api.ToStatus(failed)
+		}
+		if found {
 			return &apipb.DetachReply{}, nil
 		}
 		return nil, err

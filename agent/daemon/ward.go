@@ -36,7 +36,9 @@ type ward struct {
 	leaving sync.Once
 	done    chan struct{} // closed when tend has returned
 
-	takenUp bool // belongs to tend
+	takenUp bool    // belongs to tend
+	before  *Record // of a VM of this name that is gone; nil: there was none
+	putBack bool    // it has its record again; belongs to tend
 
 	dirty atomic.Pointer[sampled] // nil: not sampled yet
 
@@ -94,6 +96,22 @@ func (w *ward) forget() error {
 	return w.d.state.Remove(w.name)
 }
 
+// giveUp forgets a VM that could not be attached to. One that is gone and had the name
+// before has it again: it is still to be restored.
+func (w *ward) giveUp() error {
+	w.keep.Lock()
+	defer w.keep.Unlock()
+	w.mu.Lock()
+	forgotten := w.lost // by who detached it, with all that was known of the name
+	w.lost = true
+	w.mu.Unlock()
+	if w.before == nil || forgotten {
+		return w.d.state.Remove(w.name)
+	}
+	w.putBack = true
+	return w.d.state.Save(*w.before)
+}
+
 // protector is nil while the VM is not attached to.
 func (w *ward) protector() *agent.Protector {
 	w.mu.Lock()
@@ -143,8 +161,13 @@ func (w *ward) protect(ctx context.Context, first func()) (again bool) {
 	r := w.record()
 	log := w.d.log.With("vm", w.name, "qemu_pid", r.PID)
 	if err := w.change(func(*Record) {}); err != nil {
-		w.set(nil, err)
-		return false
+		if !w.takenUp {
+			w.set(nil, err)
+			return false
+		}
+		// It was protected before, and a state directory that is full for a while is no
+		// reason to leave it alone: what is on disk leads the next daemon to it as well.
+		log.Error("state is not kept", "error", err)
 	}
 	v, p, slot, err := w.attach(ctx, log)
 	if err != nil {
@@ -188,7 +211,7 @@ func (w *ward) protect(ctx context.Context, first func()) (again bool) {
 func (w *ward) unattached(ctx context.Context, log *slog.Logger) {
 	switch {
 	case !w.takenUp:
-		if err := w.forget(); err != nil { // whoever asked is told why
+		if err := w.giveUp(); err != nil { // whoever asked is told why
 			log.Error("state is not kept", "error", err)
 		}
 	case ctx.Err() == nil && !w.record().Alive():
