@@ -106,18 +106,15 @@ type runDir struct {
 
 // runDirName is the directory a restore by this process would use.
 func runDirName(root, name string) string {
-	clean := cleanName(name)
-	if len(clean) > maxRunName {
-		clean = clean[:maxRunName]
-	}
-	return filepath.Join(root, clean+"-"+strconv.Itoa(os.Getpid()))
+	return filepath.Join(root, cleanName(name)+"-"+strconv.Itoa(os.Getpid()))
 }
 
 // maxRunName is how much of a VM's name its run directory has: a socket's path has 107
 // bytes, and those in there have names as well. The state says the name whole.
 const maxRunName = 40
 
-// cleanName makes a VM's name a file's.
+// cleanName makes a VM's name, or the beginning of it, a directory's: for people, since
+// several VMs may come to the same.
 func cleanName(name string) string {
 	clean := strings.Map(func(r rune) rune {
 		if r == '/' || r == ',' || r <= ' ' || r > '~' {
@@ -125,9 +122,7 @@ func cleanName(name string) string {
 		}
 		return r
 	}, name)
-	if len(clean) > 100 {
-		clean = clean[:100]
-	}
+	clean = clean[:min(len(clean), maxRunName)]
 	if clean == "." || clean == ".." || clean == "" {
 		clean = "_" + clean
 	}

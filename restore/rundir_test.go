@@ -9,6 +9,7 @@ import (
 
 	"golang.org/x/sys/unix"
 
+	"github.com/ckagent/ckagent/agent/image"
 	"github.com/ckagent/ckagent/restore/liveness"
 	"github.com/ckagent/ckagent/restore/plan"
 )
@@ -85,9 +86,10 @@ func TestSweepUnrecordedQEMU(t *testing.T) {
 
 // TestRunDirOfLongName: there is room for a socket's path, which has 107 bytes.
 func TestRunDirOfLongName(t *testing.T) {
-	name := runDirName(RunRoot, strings.Repeat("namespace_", 12)+"-clone-0123abcd")
-	if qga := filepath.Join(name+".12", plan.VMDir, "org.qemu.guest_agent.0.sock"); len(qga) > 107 {
-		t.Errorf("%s has %d bytes", qga, len(qga))
+	for _, name := range []string{strings.Repeat("namespace_", 12) + "-clone-0123abcd", strings.Repeat("x", image.MaxNameBytes), strings.Repeat("ü", image.MaxNameBytes/2), strings.Repeat("/", 200)} {
+		if qga := filepath.Join(runDirName(RunRoot, name)+".12", plan.VMDir, "org.qemu.guest_agent.0.sock"); len(qga) > 107 {
+			t.Errorf("%q: %s has %d bytes", name, qga, len(qga))
+		}
 	}
 }
 

@@ -5,6 +5,7 @@ import (
 	"os"
 	"path/filepath"
 	"reflect"
+	"slices"
 	"strings"
 	"sync"
 	"testing"
@@ -101,7 +102,9 @@ func TestState(t *testing.T) {
 	b := Record{Schema: recordSchema, Name: "b", PID: 8, Spec: &apipb.Spec{}, Since: a.Since}
 	dotted := Record{Schema: recordSchema, Name: ".new-1", PID: 9, Spec: &apipb.Spec{}, Since: a.Since}
 	bytes := Record{Schema: recordSchema, Name: "c/d", PID: 10, Spec: &apipb.Spec{}, Since: a.Since, Ending: &apipb.Ending{How: "crashed", Detail: "of \xff"}}
-	for _, r := range []Record{a, b, dotted, bytes} {
+	long := Record{Schema: recordSchema, Name: strings.Repeat("ü", 127), PID: 11, Spec: &apipb.Spec{}, Since: a.Since}
+	alike := Record{Schema: recordSchema, Name: long.Name + "1", PID: 12, Spec: &apipb.Spec{}, Since: a.Since}
+	for _, r := range []Record{a, b, dotted, bytes, long, alike} {
 		if err := s.Save(r); err != nil {
 			t.Fatal(err)
 		}
@@ -127,11 +130,14 @@ func TestState(t *testing.T) {
 		t.Errorf("damage is not told: %v", err)
 	}
 	bytes.Ending = &apipb.Ending{How: "crashed", Detail: "of ?"}
-	if diff := cmp.Diff([]Record{dotted, a, b, bytes}, list, protocmp.Transform()); diff != "" {
+	slices.SortFunc(list, func(x, y Record) int { return x.PID - y.PID })
+	if diff := cmp.Diff([]Record{a, b, dotted, bytes, long, alike}, list, protocmp.Transform()); diff != "" {
 		t.Errorf("%s", diff)
 	}
-	if err := s.Remove("a/b c"); err != nil {
-		t.Error(err)
+	for _, name := range []string{"a/b c", alike.Name} {
+		if err := s.Remove(name); err != nil {
+			t.Error(err)
+		}
 	}
 	if err := s.Remove("a/b c"); err != nil {
 		t.Errorf("twice: %v", err)

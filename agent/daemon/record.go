@@ -4,7 +4,6 @@ import (
 	"encoding/json"
 	"errors"
 	"fmt"
-	"net/url"
 	"os"
 	"path/filepath"
 	"strings"
@@ -16,6 +15,7 @@ import (
 
 	"github.com/ckagent/ckagent/agent/api"
 	"github.com/ckagent/ckagent/agent/api/apipb"
+	"github.com/ckagent/ckagent/agent/image"
 	"github.com/ckagent/ckagent/agent/problem"
 	"github.com/ckagent/ckagent/agent/procstat"
 )
@@ -130,7 +130,7 @@ func OpenState(dir string) (*State, error) {
 // Close gives the directory back.
 func (s *State) Close() error { return s.lock.Close() }
 
-func (s *State) path(name string) string { return filepath.Join(s.dir, url.PathEscape(name)+".json") }
+func (s *State) path(name string) string { return filepath.Join(s.dir, image.FileName(name)+".json") }
 
 // Save keeps a record, durably.
 func (s *State) Save(r Record) (err error) {

@@ -138,10 +138,22 @@ func TestHold(t *testing.T) {
 	if _, err := Hold(dir, "vm/1"); !errors.As(err, &p) || p.Code != problem.Refused || !strings.Contains(err.Error(), "pid ") {
 		t.Errorf("twice: %v", err)
 	}
-	if b, err := Hold(dir, "vm2"); err != nil {
-		t.Errorf("another VM: %v", err)
-	} else if err := b.Close(); err != nil {
-		t.Error(err)
+	// Names that are alike, or alike for the most part of a file's name, are other VMs'.
+	long := strings.Repeat("ü", 127)
+	for _, names := range [][]string{{"vm2"}, {"vm_1"}, {long, long[:252], long + "1"}} {
+		var held []*Guard
+		for _, name := range names {
+			b, err := Hold(dir, name)
+			if err != nil {
+				t.Fatalf("another VM, %q: %v", name, err)
+			}
+			held = append(held, b)
+		}
+		for _, b := range held {
+			if err := b.Close(); err != nil {
+				t.Error(err)
+			}
+		}
 	}
 	if err := a.Close(); err != nil {
 		t.Fatal(err)

@@ -4,11 +4,11 @@ import (
 	"errors"
 	"os"
 	"path/filepath"
-	"strings"
 
 	"golang.org/x/sys/unix"
 
 	"github.com/ckagent/ckagent/agent/flock"
+	"github.com/ckagent/ckagent/agent/image"
 	"github.com/ckagent/ckagent/agent/problem"
 )
 
@@ -52,16 +52,7 @@ func Hold(dir, name string) (*Guard, error) {
 	fail := func(err error) error {
 		return problem.New(problem.Failed, "lock", "VM "+name, "%w", err).WithHint("%s must be writable", dir)
 	}
-	clean := strings.Map(func(r rune) rune {
-		if r == '/' || r < ' ' {
-			return '_'
-		}
-		return r
-	}, name)
-	if len(clean) > 200 {
-		clean = clean[:200]
-	}
-	path := filepath.Join(dir, "."+clean+".lock")
+	path := filepath.Join(dir, "."+image.FileName(name)+".lock")
 	f, err := flock.Try(path)
 	if held, ok := errors.AsType[*flock.Held](err); ok {
 		return nil, problem.New(problem.Refused, "restore", "VM "+name, "another restore of it is under way (%s)", held.By).

@@ -245,15 +245,18 @@ func crashAndRestore(t *testing.T, h *host, v *vmtest.VM) {
 }
 
 // TestRestoreAll: VMs that were gone without anybody's order are brought back together,
-// and the next daemon has them.
+// and the next daemon has them, whatever they are called.
 func TestRestoreAll(t *testing.T) {
 	h := newHost(t, "")
 	h.start(t)
-	list := guests(t, "r", 2)
+	prefix := strings.Repeat("ü", 127) // as long as a name may be, alike, and more than a file's name when escaped
+	list := guests(t, prefix, 2)
 	for _, v := range list {
 		h.json(t, &struct{}{}, "attach", itoa(v.PID()), "--interval", "300ms", "--keep-last", "2")
 	}
-	h.wait(t, "checkpoints of both", func(m map[string]statusView) bool { return m["r0"].Checkpoints > 0 && m["r1"].Checkpoints > 0 })
+	h.wait(t, "checkpoints of both", func(m map[string]statusView) bool {
+		return m[prefix+"0"].Checkpoints > 0 && m[prefix+"1"].Checkpoints > 0
+	})
 	h.kill(t, unix.SIGKILL)
 	wantAlive(t, list)
 	for _, v := range list {
@@ -279,6 +282,6 @@ func TestRestoreAll(t *testing.T) {
 	}
 	h.start(t)
 	h.wait(t, "both are protected again", func(m map[string]statusView) bool {
-		return m["r0"].Checkpoints > 0 && m["r1"].Checkpoints > 0
+		return m[prefix+"0"].Checkpoints > 0 && m[prefix+"1"].Checkpoints > 0
 	})
 }
