@@ -183,25 +183,39 @@ func (d *driver) ask() {
 	if !same {
 		d.p.Decided(v)
 	}
-	d.send(nil, eventOf(v.Decision, time.Now()))
+	d.send(nil, eventOf(v.Decision, s, time.Now()))
 }
 
-// eventOf is a decision as the controller takes it. A policy says by the wall clock of now
-// when something is to be done; what it means is how long from now, and that is not to
-// change when the clock is set.
-func eventOf(d *policy.Decision, now time.Time) controller.Decided {
-	from := func(ns int64) time.Time { return now.Add(time.Duration(ns - now.UnixNano())) }
+// idleLook is the time between two looks for an idle slot that is waited for: as often as
+// the signals are of another instant.
+const idleLook = time.Second
+
+// eventOf is a decision on these signals as the controller takes it. A slot is waited for by
+// asking again: a policy that wants one says so as long as it has not come.
+//
+// A policy says by the wall clock of now when something is to be done; what it means is how
+// long from now, and that is not to change when the clock is set.
+func eventOf(d *policy.Decision, s *policy.Signals, now time.Time) controller.Decided {
+	at := func(ns int64) time.Time { return now.Add(time.Duration(ns - now.UnixNano())) }
 	var e controller.Decided
 	switch {
 	case d.GetNow():
 		e.At = now
 	case d.GetAtNs() != 0:
-		e.At = from(d.GetAtNs())
-	case d.GetIdleSlot() != nil: // not offered, so never asked for; the deadline holds
-		e.At = from(d.GetIdleSlot().GetDeadlineNs())
+		e.At = at(d.GetAtNs())
+	case d.GetIdleSlot() != nil:
+		from, until := at(d.GetIdleSlot().GetNotBeforeNs()), at(d.GetIdleSlot().GetDeadlineNs())
+		switch early := now.Before(from); {
+		case !early && s.GetNetwork().GetIdle() && s.GetCpu().GetIdle():
+			e.At = now
+		case early:
+			e.At, e.Again = until, from
+		default:
+			e.At, e.Again = until, now.Add(idleLook)
+		}
 	}
-	if d.GetAskAgainNs() != 0 {
-		e.Again = from(d.GetAskAgainNs())
+	if ask := at(d.GetAskAgainNs()); d.GetAskAgainNs() != 0 && (e.Again.IsZero() || ask.Before(e.Again)) {
+		e.Again = ask
 	}
 	return e
 }

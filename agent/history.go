@@ -1,6 +1,7 @@
 package agent
 
 import (
+	"slices"
 	"strings"
 	"time"
 
@@ -57,6 +58,34 @@ func (r *record) add(res *capture.Result, err error, mode string) {
 	r.history = r.history[max(0, len(r.history)-historyLength):]
 }
 
+// continues reports whether checkpoints store what was written since the one before, and
+// not all that is in use: it is not ruled out, and those that were taken did. The first of a
+// protection may have found nothing to continue, and so may one in between, after a change
+// of the machine for instance; two in a row say that there is a reason that stays.
+func (r *record) continues(o *capture.Options) bool {
+	if o.Parent == capture.ParentNone || o.FullEvery == 1 {
+		return false
+	}
+	full := 0
+	for _, c := range slices.Backward(r.history) {
+		switch {
+		case c.GetParent() != "":
+			return true
+		case c.GetOk():
+			full++
+		}
+		if full == 2 {
+			return false
+		}
+	}
+	return true
+}
+
+// proved reports whether an engine has taken a checkpoint of this VM.
+func (r *record) proved(e capture.Engine) bool {
+	return slices.ContainsFunc(r.history, func(c *policy.Checkpoint) bool { return c.GetEngine() == string(e) })
+}
+
 // signals is what is known now. What is not measured stays zero.
 func (p *Protector) signals() *policy.Signals {
 	p.mu.Lock()
@@ -84,7 +113,7 @@ func (p *Protector) signals() *policy.Signals {
 // did not settle.
 func (p *Protector) capabilities() *policypb.Capabilities {
 	o := p.p.Capture
-	c := &policypb.Capabilities{MinIntervalNs: int64(MinInterval), Keep: int32(p.p.KeepLast),
+	c := &policypb.Capabilities{MinIntervalNs: int64(MinInterval), Keep: int32(p.p.KeepLast), Incremental: p.record.continues(&o),
 		Modes: []string{string(o.Mode)}, Engines: []string{string(o.Engine)}, Compressions: []string{o.Compress}}
 	if o.Mode == capture.Auto {
 		c.Modes = []string{string(capture.Stop), string(capture.Buffer)}
@@ -94,6 +123,9 @@ func (p *Protector) capabilities() *policypb.Capabilities {
 	}
 	if o.Engine == capture.EngineAuto {
 		c.Engines = []string{string(capture.EngineUffd)}
+		if p.record.proved(capture.EngineBPF) {
+			c.Engines = append(c.Engines, string(capture.EngineBPF))
+		}
 	}
 	if len(p.p.Compressions) > 0 {
 		c.Compressions = p.p.Compressions

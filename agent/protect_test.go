@@ -81,17 +81,29 @@ func TestWhatPoliciesAreToldOfFailures(t *testing.T) {
 func TestWhatADecisionMeans(t *testing.T) {
 	now := time.Unix(1000, 0)
 	at := func(s int64) int64 { return time.Unix(s, 0).UnixNano() }
+	slot := func(from int64) *policy.Decision {
+		return &policy.Decision{When: &policypb.Decision_IdleSlot{IdleSlot: &policypb.IdleSlot{NotBeforeNs: at(from), DeadlineNs: at(1020)}}}
+	}
+	busy := &policy.Signals{Network: &policypb.Network{Idle: true}, Cpu: &policypb.CPU{}}
+	idle := &policy.Signals{Network: &policypb.Network{Idle: true}, Cpu: &policypb.CPU{Idle: true}}
+	sooner := slot(1010)
+	sooner.AskAgainNs = at(1005)
 	for _, c := range []struct {
 		d    *policy.Decision
+		s    *policy.Signals
 		want controller.Decided
 	}{
-		{&policy.Decision{When: &policypb.Decision_Now{Now: true}}, controller.Decided{At: now}},
-		{&policy.Decision{When: &policypb.Decision_AtNs{AtNs: at(1010)}, AskAgainNs: at(1005)}, controller.Decided{At: time.Unix(1010, 0), Again: time.Unix(1005, 0)}},
-		{&policy.Decision{When: &policypb.Decision_IdleSlot{IdleSlot: &policypb.IdleSlot{NotBeforeNs: at(1001), DeadlineNs: at(1020)}}}, controller.Decided{At: time.Unix(1020, 0)}},
-		{&policy.Decision{AskAgainNs: at(1030)}, controller.Decided{Again: time.Unix(1030, 0)}},
-		{nil, controller.Decided{}},
+		{slot(1010), idle, controller.Decided{At: time.Unix(1020, 0), Again: time.Unix(1010, 0)}},
+		{sooner, idle, controller.Decided{At: time.Unix(1020, 0), Again: time.Unix(1005, 0)}},
+		{slot(1000), idle, controller.Decided{At: now}},
+		{slot(900), busy, controller.Decided{At: time.Unix(1020, 0), Again: now.Add(idleLook)}},
+		{slot(900), nil, controller.Decided{At: time.Unix(1020, 0), Again: now.Add(idleLook)}},
+		{&policy.Decision{When: &policypb.Decision_Now{Now: true}}, idle, controller.Decided{At: now}},
+		{&policy.Decision{When: &policypb.Decision_AtNs{AtNs: at(1010)}, AskAgainNs: at(1005)}, idle, controller.Decided{At: time.Unix(1010, 0), Again: time.Unix(1005, 0)}},
+		{&policy.Decision{AskAgainNs: at(1030)}, idle, controller.Decided{Again: time.Unix(1030, 0)}},
+		{nil, nil, controller.Decided{}},
 	} {
-		if got := eventOf(c.d, now); got != c.want {
+		if got := eventOf(c.d, c.s, now); got != c.want {
 			t.Errorf("%v: %v, want %v", c.d, got, c.want)
 		}
 	}
@@ -104,9 +116,9 @@ func TestClockIsSet(t *testing.T) {
 	in := func(d time.Duration) int64 { return now.Add(d).UnixNano() }
 	for _, d := range []*policy.Decision{
 		{When: &policypb.Decision_AtNs{AtNs: in(time.Hour)}, AskAgainNs: in(time.Minute)},
-		{When: &policypb.Decision_IdleSlot{IdleSlot: &policypb.IdleSlot{DeadlineNs: in(time.Hour)}}, AskAgainNs: in(time.Minute)},
+		{When: &policypb.Decision_IdleSlot{IdleSlot: &policypb.IdleSlot{NotBeforeNs: in(time.Minute), DeadlineNs: in(time.Hour)}}, AskAgainNs: in(2 * time.Minute)},
 	} {
-		e := eventOf(d, now)
+		e := eventOf(d, nil, now)
 		for what, at := range map[string]time.Time{"the checkpoint": e.At, "asking again": e.Again} {
 			if at == at.Round(0) { // which takes the monotonic reading away
 				t.Errorf("%v: %s waits for the wall clock: %v", d, what, at)

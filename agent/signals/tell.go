@@ -33,4 +33,7 @@ func (s *Sample) Tell(to *policy.Signals) {
 	if k := s.Disk; k != nil {
 		to.Disk = &policypb.Disk{WrittenBytesPerSecond: k.Rate, WritesPerSecond: k.Ops}
 	}
+	if v := s.VCPU; v != nil && v.HasSlots && len(s.Network) > 0 && to.Capabilities != nil {
+		to.Capabilities.IdleSlots = true // they are seen, so that they can be waited for
+	}
 }

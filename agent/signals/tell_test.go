@@ -7,6 +7,7 @@ import (
 
 	"github.com/ckagent/ckagent/agent/signals/estimate"
 	"github.com/ckagent/ckagent/plugins/policy"
+	"github.com/ckagent/ckagent/plugins/policy/policypb"
 )
 
 // TestTell: every figure of a sample that has a place in a policy's signals gets there,
@@ -19,8 +20,11 @@ func TestTell(t *testing.T) {
 			{OutRate: 80, InRate: 90, OutPktRate: 100, Pending: 110, Idle: true, IdleShare: 0.5}},
 		Disk: &Disk{Rate: 12, Ops: 13},
 	}
-	to := &policy.Signals{}
+	to := &policy.Signals{Capabilities: &policypb.Capabilities{}}
 	s.Tell(to)
+	if !to.GetCapabilities().GetIdleSlots() {
+		t.Error("idle slots are seen, and cannot be waited for")
+	}
 	if n := to.GetNetwork(); n.GetOutPacketsPerSecond() != 110 || n.GetOpenRequests() != 121 || n.GetIdleShare() != 0.6 || !n.GetIdle() {
 		t.Errorf("%v", n)
 	}
@@ -33,9 +37,9 @@ func TestTell(t *testing.T) {
 			}
 		}
 	}
-	nothing := &policy.Signals{}
+	nothing := &policy.Signals{Capabilities: &policypb.Capabilities{}}
 	(&Sample{}).Tell(nothing)
-	if nothing.GetMemory() != nil || nothing.GetNetwork() != nil || nothing.GetCpu() != nil || nothing.GetDisk() != nil {
+	if nothing.GetCapabilities().GetIdleSlots() || nothing.GetMemory() != nil || nothing.GetNetwork() != nil || nothing.GetCpu() != nil || nothing.GetDisk() != nil {
 		t.Errorf("%v", nothing)
 	}
 }

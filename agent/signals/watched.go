@@ -260,7 +260,7 @@ func (v *watched) readNetwork(s *Sample, k *Kernel, dt time.Duration) error {
 		add(Network{Device: name, InBytes: t.BytesIn, OutBytes: t.BytesOut, InPackets: t.PacketsIn, OutPackets: t.PacketsOut,
 			Requests: t.Requests, Answers: t.Answers, AnswerNS: t.AnswerTime.Nanoseconds(), Pending: t.Pending,
 			Stalls: t.Stalls, Stalled: t.Stalled, Slots: t.Slots, FalseSlots: t.FalseSlots,
-			IdleNS: (t.Idle + present(t.IdleSince)).Nanoseconds(), Idle: t.IdleSince != 0})
+			IdleNS: (t.Idle + present(t.IdleSince)).Nanoseconds(), Idle: silent(t.IdleSince, t.PacketsIn+t.PacketsOut)})
 	}
 	if v.sockets {
 		t, err := k.Sock.Read(v.process.PID)
@@ -268,10 +268,14 @@ func (v *watched) readNetwork(s *Sample, k *Kernel, dt time.Duration) error {
 			return err
 		}
 		add(Network{Device: "sockets", Estimate: true, InBytes: t.BytesIn, OutBytes: t.BytesOut, InPackets: t.CallsIn, OutPackets: t.CallsOut,
-			Slots: t.Slots, IdleNS: (t.Idle + present(t.IdleSince)).Nanoseconds(), Idle: t.IdleSince != 0})
+			Slots: t.Slots, IdleNS: (t.Idle + present(t.IdleSince)).Nanoseconds(), Idle: silent(t.IdleSince, t.CallsIn+t.CallsOut)})
 	}
 	return nil
 }
+
+// silent reports whether nothing passes a device now: since an instant, or nothing ever did
+// while it was watched, and no slot has begun.
+func silent(since time.Duration, packets uint64) bool { return since != 0 || packets == 0 }
 
 // present is how long a slot that began at since (CLOCK_MONOTONIC) lasts by now.
 func present(since time.Duration) time.Duration {

@@ -2,6 +2,7 @@ package e2e
 
 import (
 	"encoding/json"
+	"path/filepath"
 	"strings"
 	"testing"
 
@@ -59,6 +60,10 @@ func TestDaemonSamplesDirtyRates(t *testing.T) {
 	if c.ID == "" {
 		t.Errorf("%+v", c)
 	}
+	// An idle slot is waited for where it is seen: there is one long before the hour is over.
+	h.x.install(t, filepath.Join(h.dir, "policies"), "idle-slot")
+	h.json(t, &struct{}{}, "policy", "set", "rated", "idle-slot", "--param", "shortest=100ms", "--param", "longest=1h")
+	h.wait(t, "checkpoints in idle slots", func(m map[string]statusView) bool { return m["rated"].Checkpoints >= 4 })
 	h.json(t, &struct{}{}, "detach", "rated")
 	if left, err := traces(v.PID()); err != nil || len(left) > 0 {
 		t.Errorf("left in the VM: %v, %v", left, err)

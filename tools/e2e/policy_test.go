@@ -9,6 +9,8 @@ import (
 
 	"golang.org/x/sys/unix"
 
+	"github.com/ckagent/ckagent/agent/capture"
+	"github.com/ckagent/ckagent/plugins/policy"
 	"github.com/ckagent/ckagent/tools/vmtest"
 )
 
@@ -58,6 +60,16 @@ func (x *tool) waitStatus(t testing.TB, pid int, what string, ok func(statusView
 		}
 		return s, true
 	}, ok)
+}
+
+// install builds a policy of ours and installs it.
+func (x *tool) install(t testing.TB, dir, policy string) {
+	t.Helper()
+	program := filepath.Join(filepath.Dir(x.bin), "ckagent-policy-"+policy)
+	if out, err := exec.Command("go", "build", "-o", program, "github.com/ckagent/ckagent/cmd/ckagent-policy-"+policy).CombinedOutput(); err != nil {
+		t.Fatalf("%v: %s", err, out)
+	}
+	x.json(t, &struct{}{}, "policy", "install", program, "--policy-dir", dir)
 }
 
 // TestPolicies: the policy of a running VM is replaced, killed and stopped, and
@@ -159,6 +171,7 @@ func TestPolicies(t *testing.T) {
 	if len(replayed.Policies) != 1 || replayed.Policies[0].Checkpoints < 3 {
 		t.Errorf("of what was recorded: %+v", replayed)
 	}
+	wantTold(t, recorded(t, trace))
 	if left, _ := filepath.Glob("/tmp/ckagent-policy-*"); len(left) > 0 {
 		t.Logf("directories of sockets, perhaps of others: %v", left)
 	}
@@ -166,4 +179,24 @@ func TestPolicies(t *testing.T) {
 		t.Errorf("it is not protected any more: %s", r)
 	}
 	v.WaitProgress(t, 200)
+}
+
+// wantTold: a policy is told that checkpoints store what was written since the one before,
+// and that is what they do.
+func wantTold(t *testing.T, trace []*policy.Signals) {
+	t.Helper()
+	for i, s := range trace {
+		if !s.GetCapabilities().GetIncremental() {
+			t.Errorf("line %d says that checkpoints store all that is in use, after %v", i, s.GetHistory())
+		}
+	}
+	list, full := taken(trace), 0
+	for _, c := range list {
+		if c.GetParent() == "" {
+			full++
+		}
+	}
+	if len(list) < 3 || full > 1+len(list)/capture.DefaultFullEvery {
+		t.Errorf("%d of %d checkpoints store all that is in use", full, len(list))
+	}
 }

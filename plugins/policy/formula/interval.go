@@ -65,23 +65,20 @@ func (c Curve) Until(pages float64) float64 {
 	return max(c.Tau, 0) * -math.Log1p(-pages/c.Pages)
 }
 
-// Bandwidth is the least interval at which what was written in it can be stored
-// before the next: T >= G(T) bytesPerPage / bytesPerSecond. 0 if any can, +Inf
-// without bandwidth.
-func Bandwidth(c Curve, bytesPerPage, bytesPerSecond float64) float64 {
-	if c.Pages <= 0 || bytesPerPage <= 0 {
+// KeepsUp is the least interval T at which checkpoints take no more than a share of the
+// time, took(T) <= share T: each is stored before the next. took grows with T, ever more
+// slowly, and has a limit. 0 if any interval does, +Inf without a share.
+func KeepsUp(took func(T float64) float64, share float64) float64 {
+	most := took(math.Inf(1))
+	if most <= 0 {
 		return 0
 	}
-	if bytesPerSecond <= 0 {
+	if share <= 0 {
 		return math.Inf(1)
 	}
-	k := bytesPerPage / bytesPerSecond // seconds per page
-	if c.Tau > 0 && c.Pages*k/c.Tau <= 1 {
-		return 0 // G is concave: it never outruns the store
-	}
-	low, high := 0.0, c.Pages*k // G(T) k <= high for every T
+	low, high := 0.0, most/share // took(T) <= share high for every T
 	for range 64 {
-		if mid := (low + high) / 2; c.Dirty(mid)*k > mid {
+		if mid := (low + high) / 2; took(mid) > share*mid {
 			low = mid
 		} else {
 			high = mid

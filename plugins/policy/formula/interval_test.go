@@ -34,18 +34,24 @@ func TestCurve(t *testing.T) {
 	}
 }
 
-func TestBandwidth(t *testing.T) {
+func TestKeepsUp(t *testing.T) {
 	c := Curve{Pages: 100000, Tau: 10} // 10,000 pages/s at first
-	if got := Bandwidth(c, 4096, 100e6); got != 0 {
-		t.Errorf("a store that is always quicker: %v", got)
+	at := func(base, bytesPerSecond float64) func(float64) float64 {
+		return func(t float64) float64 { return base + c.Dirty(t)*4096/bytesPerSecond }
 	}
-	got := Bandwidth(c, 4096, 20e6) // 4,883 pages/s
-	near(t, "the store just keeps up", c.Dirty(got)*4096/20e6, got, 1e-6*got)
-	if c.Dirty(got*0.9)*4096/20e6 <= got*0.9 || got < 1 {
-		t.Errorf("%v is not the least", got)
+	near(t, "a store that is always quicker", KeepsUp(at(0, 100e6), 1), 0, 1e-9)
+	near(t, "as long each time", KeepsUp(func(float64) float64 { return 3 }, 0.5), 6, 1e-9)
+	for _, base := range []float64{0, 2} {
+		took := at(base, 20e6) // 4,883 pages/s
+		got := KeepsUp(took, 0.8)
+		near(t, "the store just keeps up", took(got), 0.8*got, 1e-6*got)
+		if took(got*0.9) <= 0.8*got*0.9 || got < 1 {
+			t.Errorf("%v is not the least", got)
+		}
 	}
-	if !math.IsInf(Bandwidth(c, 4096, 0), 1) {
-		t.Error("no bandwidth")
+	near(t, "a base alone keeps it from any interval", KeepsUp(at(2, 100e6), 1), 3.088, 0.001)
+	if KeepsUp(func(float64) float64 { return 0 }, 0.5) != 0 || !math.IsInf(KeepsUp(at(1, 1e6), 0), 1) {
+		t.Error("limits")
 	}
 }
 

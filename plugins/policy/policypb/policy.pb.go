@@ -1019,16 +1019,18 @@ func (x *Host) GetQueuedCheckpoints() uint64 {
 }
 
 type Capabilities struct {
-	state         protoimpl.MessageState `protogen:"open.v1"`
-	Modes         []string               `protobuf:"bytes,1,rep,name=modes,proto3" json:"modes,omitempty"`     // stop, buffer, cow, ...
-	Engines       []string               `protobuf:"bytes,2,rep,name=engines,proto3" json:"engines,omitempty"` // uffd, bpf
-	Compressions  []string               `protobuf:"bytes,3,rep,name=compressions,proto3" json:"compressions,omitempty"`
-	Incremental   bool                   `protobuf:"varint,4,opt,name=incremental,proto3" json:"incremental,omitempty"`
-	Throttle      bool                   `protobuf:"varint,5,opt,name=throttle,proto3" json:"throttle,omitempty"`
-	IdleSlots     bool                   `protobuf:"varint,6,opt,name=idle_slots,json=idleSlots,proto3" json:"idle_slots,omitempty"` // a decision may wait for one
-	OutputCommit  bool                   `protobuf:"varint,7,opt,name=output_commit,json=outputCommit,proto3" json:"output_commit,omitempty"`
-	MinIntervalNs int64                  `protobuf:"varint,8,opt,name=min_interval_ns,json=minIntervalNs,proto3" json:"min_interval_ns,omitempty"`
-	Keep          int32                  `protobuf:"varint,9,opt,name=keep,proto3" json:"keep,omitempty"` // the operator's retention: may be raised, never lowered
+	state        protoimpl.MessageState `protogen:"open.v1"`
+	Modes        []string               `protobuf:"bytes,1,rep,name=modes,proto3" json:"modes,omitempty"`     // stop, buffer, cow, ...
+	Engines      []string               `protobuf:"bytes,2,rep,name=engines,proto3" json:"engines,omitempty"` // uffd, bpf
+	Compressions []string               `protobuf:"bytes,3,rep,name=compressions,proto3" json:"compressions,omitempty"`
+	// A checkpoint stores what was written since the one before, and not all that is in
+	// use; a full one comes now and then.
+	Incremental   bool  `protobuf:"varint,4,opt,name=incremental,proto3" json:"incremental,omitempty"`
+	Throttle      bool  `protobuf:"varint,5,opt,name=throttle,proto3" json:"throttle,omitempty"`
+	IdleSlots     bool  `protobuf:"varint,6,opt,name=idle_slots,json=idleSlots,proto3" json:"idle_slots,omitempty"` // they are seen, and a decision may wait for one
+	OutputCommit  bool  `protobuf:"varint,7,opt,name=output_commit,json=outputCommit,proto3" json:"output_commit,omitempty"`
+	MinIntervalNs int64 `protobuf:"varint,8,opt,name=min_interval_ns,json=minIntervalNs,proto3" json:"min_interval_ns,omitempty"`
+	Keep          int32 `protobuf:"varint,9,opt,name=keep,proto3" json:"keep,omitempty"` // the operator's retention: may be raised, never lowered
 	unknownFields protoimpl.UnknownFields
 	sizeCache     protoimpl.SizeCache
 }
@@ -1290,8 +1292,8 @@ func (*Decision_AtNs) isDecision_When() {}
 
 func (*Decision_IdleSlot) isDecision_When() {}
 
-// IdleSlot: at the next instant the network and the vCPUs are idle, and at the
-// latest at the deadline.
+// IdleSlot: when the network and the vCPUs are next seen to be idle (an agent looks once a
+// second), and at the latest at the deadline.
 type IdleSlot struct {
 	state         protoimpl.MessageState `protogen:"open.v1"`
 	NotBeforeNs   int64                  `protobuf:"varint,1,opt,name=not_before_ns,json=notBeforeNs,proto3" json:"not_before_ns,omitempty"`

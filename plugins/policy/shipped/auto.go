@@ -2,7 +2,6 @@ package shipped
 
 import (
 	"fmt"
-	"math"
 	"slices"
 	"time"
 
@@ -41,6 +40,9 @@ var gentle = []string{"cow", "tlc", "buffer", "stop"}
 // giveUpAfter failures in a row of one mode, the next one is tried.
 const giveUpAfter = 2
 
+// storeShare of its time the store is used at most.
+const storeShare = 0.5
+
 // slack is how much longer than the interval an idle slot is waited for.
 const slack = 1.2
 
@@ -52,7 +54,7 @@ func (a *auto) Decide(s *policy.Signals) (*policy.Decision, error) {
 	if floor := model.Within(a.overhead, t); floor > t {
 		t, why = floor, fmt.Sprintf("at most %.2g %% of the guest's time", 100*a.overhead)
 	}
-	if floor := a.storeFloor(s, model.Commit(t)); floor > t && !math.IsInf(floor, 1) {
+	if floor := formula.KeepsUp(model.Commit, storeShare); floor > t {
 		t, why = floor, "as often as the store keeps up"
 	}
 	t = bounded(s, max(t, a.shortest), a.longest)
@@ -73,21 +75,6 @@ const neverIdle = 0.95
 // rests reports a guest that has idle slots now and then.
 func rests(s *policy.Signals) bool {
 	return s.GetNetwork().GetIdleShare() > 0 && s.GetCpu().GetBusyShare() < neverIdle
-}
-
-// storeFloor is the interval from which on the store keeps up with half its speed, where a
-// checkpoint takes so many seconds.
-func (a *auto) storeFloor(s *policy.Signals, took float64) float64 {
-	bw := s.GetHost().GetStoreBytesPerSecond() / 2
-	switch {
-	case bw <= 0:
-		return 0
-	case s.GetCapabilities().GetIncremental():
-		return formula.Bandwidth(curve(s), bytesPerPage(s), bw)
-	}
-	// Not what is in use over the speed: that is of what was stored, which is less where
-	// pages are packed, or a checkpoint continues the one before it.
-	return 2 * took
 }
 
 // chooseMode is the gentlest mode there is that did not just fail again and again.

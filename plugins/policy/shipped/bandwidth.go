@@ -2,7 +2,6 @@ package shipped
 
 import (
 	"fmt"
-	"math"
 	"time"
 
 	"github.com/ckagent/ckagent/plugins/policy"
@@ -19,7 +18,7 @@ type bandwidth struct {
 // NewBandwidth makes the policy `bandwidth`.
 func NewBandwidth(given map[string]string) (policy.Policy, error) {
 	p := read(given)
-	b := &bandwidth{share: p.share("share", 0.5, "of the store's bandwidth that may be used"),
+	b := &bandwidth{share: p.share("share", 0.5, "of the store's time that may be used"),
 		shortest: p.duration("shortest", 10*time.Second, "never more often"),
 		longest:  p.duration("longest", time.Hour, "never wait longer")}
 	b.params = p.known
@@ -27,26 +26,18 @@ func NewBandwidth(given map[string]string) (policy.Policy, error) {
 }
 
 func (b *bandwidth) Describe() *policy.Description {
-	return &policy.Description{Name: "bandwidth", Version: "1", Formula: "least T with T >= G(T) 4096 r / BW",
-		Source: "the dirty-rate curve G fitted online; r is what a written page takes in the store", Params: b.params}
+	return &policy.Description{Name: "bandwidth", Version: "1", Formula: "least T with W(T) <= share T",
+		Source: "W(T): how long a checkpoint after T takes, by the last ones and, where it stores what was written since the one before, by the dirty-rate curve G fitted online: w0 + w1 G(T) 4096 r; r is what a written page takes in the store", Params: b.params}
 }
 
 func (b *bandwidth) Decide(s *policy.Signals) (*policy.Decision, error) {
-	bw := s.GetHost().GetStoreBytesPerSecond() * b.share
-	if bw <= 0 {
+	took, known := duration(s)
+	if !known {
 		t := bounded(s, b.longest, b.longest)
 		return due(s, t, fmt.Sprintf("the store's bandwidth is not known: every %s", span(t))), nil
 	}
-	var t float64
-	if s.GetCapabilities().GetIncremental() {
-		t = formula.Bandwidth(curve(s), bytesPerPage(s), bw)
-	} else { // every checkpoint stores all that is in use
-		t = float64(s.GetVm().GetUsedBytes()) / bw
-	}
-	reason := fmt.Sprintf("%.0f MB/s of the store are ours, which keep up from every %s on", bw/1e6, span(t))
-	if math.IsInf(t, 1) {
-		t = b.longest
-	}
+	t := formula.KeepsUp(took, b.share)
+	reason := fmt.Sprintf("%.3g %% of the store's time are ours, which keeps up from every %s on", 100*b.share, span(t))
 	t = bounded(s, max(t, b.shortest), b.longest)
 	return due(s, t, reason), nil
 }

@@ -18,12 +18,9 @@ const (
 	firstWrite = 16e-6
 )
 
-// lost is the guest's time that a checkpoint took away, in seconds: its pause and the
-// work lost while it was written.
-func lost(c *policy.Checkpoint) float64 { return seconds(c.GetPauseNs()) + lostWriting(c) }
-
-// Lost is the guest's time that a checkpoint took away, in seconds, as policies reckon it.
-func Lost(c *policy.Checkpoint) float64 { return lost(c) }
+// Lost is the guest's time that a checkpoint took away, in seconds, as policies reckon it:
+// its pause and the work lost while it was written.
+func Lost(c *policy.Checkpoint) float64 { return seconds(c.GetPauseNs()) + lostWriting(c) }
 
 func lostWriting(c *policy.Checkpoint) float64 {
 	if share := c.GetWorkLostShare(); share > 0 {
@@ -39,7 +36,7 @@ func cost(s *policy.Signals) (secs float64, assumed bool) {
 	if len(list) == 0 {
 		return assumedCost, true
 	}
-	return max(median(list, lost), 1e-4), false
+	return max(median(list, Lost), 1e-4), false
 }
 
 // costModel is what the next checkpoint is expected to cost. What it costs beyond its
@@ -48,7 +45,8 @@ func cost(s *policy.Signals) (secs float64, assumed bool) {
 // cost. The price of a page is what the last ones lost, over what they had to save.
 func costModel(s *policy.Signals, mtbf, weight float64) formula.Cost {
 	list := succeeded(s, recent)
-	model := formula.Cost{Fixed: assumedCost, PerPage: firstWrite, FailureRate: 1 / mtbf, Weight: weight, Commit: commit(s, list)}
+	took, _ := duration(s)
+	model := formula.Cost{Fixed: assumedCost, PerPage: firstWrite, FailureRate: 1 / mtbf, Weight: weight, Commit: took}
 	var saved, writing float64
 	for _, c := range list {
 		saved += float64(c.GetCapturedPages())
@@ -73,29 +71,6 @@ func costModel(s *policy.Signals, mtbf, weight float64) formula.Cost {
 		model.Pages = func(float64) float64 { return usual }
 	}
 	return model
-}
-
-// commit says how long a checkpoint that is taken after an interval is written.
-func commit(s *policy.Signals, list []*policy.Checkpoint) func(interval float64) float64 {
-	speed := median(list, func(c *policy.Checkpoint) float64 {
-		if c.GetTotalNs() <= 0 {
-			return 0
-		}
-		return float64(c.GetStoredBytes()) / seconds(c.GetTotalNs())
-	})
-	if speed <= 0 {
-		speed = s.GetHost().GetStoreBytesPerSecond()
-	}
-	g := curve(s)
-	if s.GetCapabilities().GetIncremental() && g.Pages > 0 && speed > 0 {
-		return func(t float64) float64 { return g.Dirty(t) * pageBytes / speed }
-	}
-	// All that is in use, every time: as long as it took.
-	took := median(list, func(c *policy.Checkpoint) float64 { return seconds(c.GetTotalNs()) })
-	if took <= 0 && speed > 0 {
-		took = float64(s.GetVm().GetUsedBytes()) / speed
-	}
-	return func(float64) float64 { return took }
 }
 
 // scanShare is the share of a checkpoint's duration in which it passes over memory; 1 where

@@ -38,7 +38,7 @@ func (o *overheadCap) Decide(s *policy.Signals) (*policy.Decision, error) {
 	share := 0.0
 	if n := len(list); n > 1 {
 		was := seconds(list[n-1].GetAtNs() - list[n-2].GetAtNs())
-		took := lost(list[n-1])
+		took := Lost(list[n-1])
 		share = took / max(was, took)
 		t = formula.OverheadCap(was, share, o.target)
 	}

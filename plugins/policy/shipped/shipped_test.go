@@ -183,7 +183,13 @@ func TestWhatMovesThem(t *testing.T) {
 			t.Errorf("%s: %v s, not more than %v s", what, a, b)
 		}
 	}
-	more("bandwidth: a slow store", interval("bandwidth", nil, func(s *policy.Signals) { s.Host.StoreBytesPerSecond = 50e6 }), interval("bandwidth", nil, nil))
+	more("bandwidth: a slow store", interval("bandwidth", nil, func(s *policy.Signals) {
+		for _, c := range s.History {
+			c.TotalNs *= 10
+		}
+	}), interval("bandwidth", nil, nil))
+	more("bandwidth: a slow store, before the first", interval("bandwidth", nil, func(s *policy.Signals) { s.History, s.Host.StoreBytesPerSecond = nil, 50e6 }),
+		interval("bandwidth", nil, func(s *policy.Signals) { s.History = nil }))
 	more("dirty-watermark: an idle guest", interval("dirty-watermark", nil, func(s *policy.Signals) {
 		s.Memory.GTauNs *= 4
 		s.Memory.DirtyPagesPerSecond /= 4
@@ -241,6 +247,46 @@ func TestNow(t *testing.T) {
 	s.Memory.DirtyPagesPerSecond, s.Memory.ErrorPagesPerSecond = 1000, 600
 	if got, want := curve(s).Tau, 50.0; got != want {
 		t.Errorf("tau %v, want %v", got, want)
+	}
+}
+
+// TestDuration: how long a checkpoint takes follows what it stores as far as those that were
+// taken did, and what is in use or was written where none was.
+func TestDuration(t *testing.T) {
+	const mib = 1 << 20
+	taken := func(stored, ms int64) *policy.Checkpoint {
+		return &policy.Checkpoint{Ok: true, StoredBytes: uint64(stored) * mib, TotalNs: ms * 1e6}
+	}
+	for what, c := range map[string]struct {
+		incremental bool
+		history     []*policy.Checkpoint
+		at50        float64 // seconds, after an interval in which 100 MiB are written that take 50 in the store
+		ever        float64
+	}{
+		"full ones":                {false, []*policy.Checkpoint{taken(2000, 4000), taken(2000, 4100), taken(2000, 3900)}, 4, 4},
+		"full ones, none yet":      {false, nil, 4, 4},
+		"none yet":                 {true, nil, 0.1, 0.3815},
+		"all much the same":        {true, []*policy.Checkpoint{taken(20, 700), taken(25, 500), taken(22, 600)}, 0.6, 0.6},
+		"what is stored tells":     {true, []*policy.Checkpoint{taken(2000, 4300), taken(20, 340), taken(10, 320)}, 0.4, 0.6815},
+		"all memory is read":       {true, []*policy.Checkpoint{taken(2000, 1000), taken(20, 1000), taken(10, 1000)}, 1, 1},
+		"it seems to take nothing": {true, []*policy.Checkpoint{taken(1000, 100), taken(20, 1000)}, 0.55, 0.55},
+	} {
+		s := server()
+		s.Capabilities.Incremental, s.History = c.incremental, c.history
+		s.Vm.UsedBytes, s.Host.StoreBytesPerSecond = 2000*mib, 500*mib
+		s.Memory = &policypb.Memory{GPages: 97_664, GTauNs: 50 * second, CompressRatio: 0.5} // 381.5 MiB
+		took, known := duration(s)
+		after := curve(s).Until(100 * mib / pageBytes)
+		for interval, want := range map[float64]float64{after: c.at50, math.Inf(1): c.ever} {
+			if got := took(interval); !known || math.Abs(got-want) > 0.002*want {
+				t.Errorf("%s: %v s after %v, want %v", what, got, interval, want)
+			}
+		}
+	}
+	s := server()
+	s.History, s.Host = nil, nil
+	if took, known := duration(s); known || took(10) != 0 {
+		t.Error("nothing is known")
 	}
 }
 
