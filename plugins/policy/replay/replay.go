@@ -79,6 +79,9 @@ var ErrEndless = errors.New("the policy wants more checkpoints and decisions tha
 // Run replays a trace.
 func Run(ctx context.Context, trace []*policy.Signals, p Decider, m Model) (*Result, error) {
 	r := &run{trace: trace, model: m, now: trace[0].GetNowNs(), committed: trace[0].GetNowNs(), res: &Result{}}
+	for i := 0; i < len(trace) && r.witness == nil; i++ {
+		r.witness = witnessed(trace[i])
+	}
 	last := len(trace) - 1
 	end := trace[last].GetNowNs() + trace[last].GetNowNs() - trace[last-1].GetNowNs() // the last line holds as long as the one before
 	for r.now < end {
@@ -109,9 +112,12 @@ func Run(ctx context.Context, trace []*policy.Signals, p Decider, m Model) (*Res
 
 // run is a replay under way.
 type run struct {
-	trace     []*policy.Signals
-	model     Model
-	at        int     // the line that holds
+	trace []*policy.Signals
+	model Model
+	at    int // the line that holds
+	// witness is the newest checkpoint that the trace has told of; before it tells of any, the
+	// first that it will. nil: it tells of none at all.
+	witness   *policy.Checkpoint
 	now       int64   // ns
 	committed int64   // the instant that a failure now goes back to
 	exposed   float64 // seconds since the beginning that are accounted for
@@ -126,20 +132,23 @@ type run struct {
 func (r *run) signals() *policy.Signals {
 	for r.at+1 < len(r.trace) && r.trace[r.at+1].GetNowNs() <= r.now {
 		r.at++
+		if c := witnessed(r.trace[r.at]); c != nil {
+			r.witness = c
+		}
 	}
 	line := r.trace[r.at]
 	// The parts of a line are not changed by anybody.
 	s := &policy.Signals{Vm: line.GetVm(), Memory: line.GetMemory(), Network: line.GetNetwork(), Cpu: line.GetCpu(), Disk: line.GetDisk(),
 		Host: line.GetHost(), Capabilities: line.GetCapabilities(), NowNs: r.now, ProtectedSinceNs: r.trace[0].GetNowNs(),
 		History: r.history[max(0, len(r.history)-history):], Last: r.decision}
-	unknown, witnessed := !(s.GetHost().GetStoreBytesPerSecond() > 0), len(line.GetHistory()) > 0
-	if unknown || witnessed || r.model.FailuresPerSecond > 0 {
+	unknown := !(s.GetHost().GetStoreBytesPerSecond() > 0)
+	if unknown || r.witness != nil || r.model.FailuresPerSecond > 0 {
 		s.Host = proto.CloneOf(line.GetHost())
 		if s.Host == nil {
 			s.Host = &policypb.Host{}
 		}
 		switch {
-		case witnessed: // as an agent knows it, which is from what it took
+		case r.witness != nil: // as an agent knows it, which is from what it took
 			s.Host.StoreBytesPerSecond = policy.StoreSpeed(r.history)
 		case unknown:
 			s.Host.StoreBytesPerSecond = r.model.StoreBytesPerSecond
@@ -192,8 +201,7 @@ func (r *run) failures() float64 {
 
 func (r *run) checkpoint(at int64, d *policy.Decision) {
 	line := r.trace[r.at]
-	c := witnessed(line)
-	lost := 0.0
+	c, lost := proto.CloneOf(r.witness), 0.0
 	if c != nil {
 		lost = shipped.Lost(c)
 	} else {

@@ -142,6 +142,42 @@ func TestWitnessed(t *testing.T) {
 	}
 }
 
+// TestBeginningOfAProtection: what the first checkpoints took, which are not like the
+// others, is not what they take again and again, and a trace that begins without any is not
+// replayed by figures that are nobody's.
+func TestBeginningOfAProtection(t *testing.T) {
+	var trace []*policy.Signals
+	var history []*policy.Checkpoint
+	for i := range 20 {
+		trace = append(trace, &policy.Signals{NowNs: start + int64(i)*1e9, History: history[:len(history):len(history)]})
+		c := &policy.Checkpoint{AtNs: start + int64(i)*1e9, Ok: true, PauseNs: 10e6, TotalNs: 1e8, StoredBytes: 1e6}
+		if i < settled-1 {
+			c.PauseNs = 500e6
+		}
+		history = append(history, c)
+	}
+	p, err := shipped.NewFixed(map[string]string{"interval": "1s"})
+	if err != nil {
+		t.Fatal(err)
+	}
+	res, err := Run(t.Context(), Repeat(trace, 50), InProcess{p}, Model{Fixed: 10 * time.Second})
+	if err != nil {
+		t.Fatal(err)
+	}
+	dear := 0
+	for _, c := range res.Checkpoints {
+		if c.LostNS != 10e6 {
+			dear++
+		}
+	}
+	if n := len(res.Checkpoints); n < 700 || dear == 0 || dear > 2*settled {
+		t.Errorf("%d of %d checkpoints are like the first ones", dear, n)
+	}
+	if res.DurationNS != (20+49*17)*int64(time.Second) {
+		t.Errorf("it takes %v", time.Duration(res.DurationNS))
+	}
+}
+
 // listener keeps what its policy was told last.
 type listener struct {
 	policy.Policy

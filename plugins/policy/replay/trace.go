@@ -63,17 +63,43 @@ func Read(r io.Reader) ([]*policy.Signals, error) {
 	return trace, nil
 }
 
-// Repeat is a trace that was recorded, and then goes on as it did, so many times in all.
+// settled is how many checkpoints a protection has had when it no longer begins: the first
+// one finds memory as nobody left it, and may be full or by another engine.
+const settled = 3
+
+// Repeat is a trace that was recorded, and then goes on as it did, so many times in all. The
+// beginning of a protection that the trace tells of is not gone through again.
 func Repeat(trace []*policy.Signals, times int) []*policy.Signals {
 	last := len(trace) - 1
-	period := trace[last].GetNowNs() - trace[0].GetNowNs() + trace[last].GetNowNs() - trace[last-1].GetNowNs()
 	out := make([]*policy.Signals, 0, times*len(trace))
-	for n := range times {
-		for _, s := range trace {
+	for _, s := range trace {
+		out = append(out, proto.CloneOf(s))
+	}
+	again := trace[begun(trace):]
+	period := trace[last].GetNowNs() - again[0].GetNowNs() + trace[last].GetNowNs() - trace[last-1].GetNowNs()
+	for n := 1; n < times; n++ {
+		for _, s := range again {
 			s = proto.CloneOf(s)
 			s.NowNs += int64(n) * period
 			out = append(out, s)
 		}
 	}
 	return out
+}
+
+// begun is the first line of a trace that tells of a protection which has settled; 0 if it
+// tells of none, or of little else than its beginning.
+func begun(trace []*policy.Signals) int {
+	for i, s := range trace[:len(trace)/2] {
+		taken := 0
+		for _, c := range s.GetHistory() {
+			if c.GetOk() {
+				taken++
+			}
+		}
+		if taken >= settled {
+			return i
+		}
+	}
+	return 0
 }
