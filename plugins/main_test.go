@@ -153,6 +153,10 @@ func (r *rogue) Decide(s *policy.Signals) (*policy.Decision, error) {
 		select {}
 	case "slow":
 		<-time.After(policy.Deadline * 3 / 2)
+	case "late": // at first
+		if r.n == 1 {
+			<-time.After(policy.Deadline * 3 / 2)
+		}
 	case "nonsense":
 		good.Reason = ""
 	case "tlc":

@@ -163,7 +163,7 @@ func (s *Slot) switchTo(ctx context.Context, w *wanted, signals *policy.Signals)
 		return Verdict{}, err
 	}
 	began := time.Now()
-	d, err := probe(ctx, g, signals)
+	d, err := s.probe(ctx, g, signals)
 	if err != nil {
 		g.End()
 		return Verdict{}, fmt.Errorf("its first decision: %w", g.quote(err))
@@ -195,13 +195,20 @@ func (s *Slot) switchTo(ctx context.Context, w *wanted, signals *policy.Signals)
 	return v, nil
 }
 
-// probe has a new generation decide once.
-func probe(ctx context.Context, g *Generation, signals *policy.Signals) (*policy.Decision, error) {
+// probe has a new generation decide once. An answer that is late is asked for again, as
+// often as one in charge may be late: on a host that has just booted, or swaps the policies
+// of many VMs, the first takes longer than the others will.
+func (s *Slot) probe(ctx context.Context, g *Generation, signals *policy.Signals) (*policy.Decision, error) {
 	has := signals.GetCapabilities().GetModes()
 	if asks := g.Description.GetModes(); len(asks) > 0 && !anyOf(asks, has) {
 		return nil, fmt.Errorf("%w: it needs one of the modes %q (this host has %q)", policy.ErrUnsupported, asks, has)
 	}
-	return g.Decide(ctx, signals)
+	for n := 1; ; n++ {
+		d, err := g.Decide(ctx, signals)
+		if !errors.Is(err, ErrSlow) || n >= s.cfg.MaxFailures || ctx.Err() != nil {
+			return d, err
+		}
+	}
 }
 
 func anyOf(asks, has []string) bool {

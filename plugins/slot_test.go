@@ -209,6 +209,14 @@ func TestSignalsFromOutside(t *testing.T) {
 	}
 }
 
+// TestLateAtFirst: a program whose first decision is late comes up all the same.
+func TestLateAtFirst(t *testing.T) {
+	s := newSlot(t, registry(t, "rogue"), nil)
+	if v, err := s.Set(t.Context(), "rogue", map[string]string{"how": "late", "after": "0"}, now()); err != nil || v.Generation != 1 || v.Source != FromProgram {
+		t.Errorf("%+v, %v", v, err)
+	}
+}
+
 // TestLastDecision: one missed answer leaves the program its place and its last
 // decision in force, until a checkpoint was taken on it.
 func TestLastDecision(t *testing.T) {
