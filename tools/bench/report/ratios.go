@@ -80,8 +80,13 @@ type Change struct {
 	Worse    float64 // share by which it got worse: 0.2 is 20 %; negative: better
 }
 
-// Compare returns the ratios that both runs have, the worst change first.
-func Compare(old, now []Ratio) (out []Change) {
+// compared is how many rounds make a ratio that is compared with another run's: of fewer
+// each is chance for the most part, such as that of the single first checkpoint of a guest.
+const compared = 3
+
+// Compare returns the changes of the ratios that both runs have, of enough rounds each, the
+// worst first; few is how many have too few.
+func Compare(old, now []Ratio) (out []Change, few int) {
 	byID := map[string]Ratio{}
 	for _, r := range old {
 		byID[r.ID] = r
@@ -91,6 +96,10 @@ func Compare(old, now []Ratio) (out []Change) {
 		if !ok || o.Ratio <= 0 || r.Ratio <= 0 {
 			continue
 		}
+		if min(o.N, r.N) < compared {
+			few++
+			continue
+		}
 		worse := r.Ratio/o.Ratio - 1
 		if r.LargerIsBetter {
 			worse = o.Ratio/r.Ratio - 1
@@ -98,5 +107,5 @@ func Compare(old, now []Ratio) (out []Change) {
 		out = append(out, Change{r.ID, o.Ratio, r.Ratio, worse})
 	}
 	sort.SliceStable(out, func(i, j int) bool { return out[i].Worse > out[j].Worse })
-	return out
+	return out, few
 }

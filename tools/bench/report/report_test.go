@@ -89,7 +89,8 @@ func TestMarkdownAndSplice(t *testing.T) {
 func TestRatiosRoundTripAndCompare(t *testing.T) {
 	rows := []Row{
 		{ID: "time", Ours: 1, Peer: 4, N: 3},
-		{ID: "speed", Unit: PerSecond, Ours: 3, Peer: 4, N: 2},
+		{ID: "speed", Unit: PerSecond, Ours: 3, Peer: 4, N: 5},
+		{ID: "once", Ours: 1, Peer: 4, N: 1},
 		{ID: "alone", Ours: 3, Peer: math.NaN()},
 		{ID: "zero", Ours: 3, Peer: 0},
 	}
@@ -98,12 +99,12 @@ func TestRatiosRoundTripAndCompare(t *testing.T) {
 		t.Fatal(err)
 	}
 	old, err := ReadTSV(&b)
-	if err != nil || len(old) != 2 {
+	if err != nil || len(old) != 3 {
 		t.Fatalf("%v, %v", old, err)
 	}
-	rows[0].Ours, rows[1].Ours = 1.1, 2
-	got := Compare(old, Ratios(rows))
-	if len(got) != 2 || got[0].ID != "speed" || math.Abs(got[0].Worse-0.5) > 1e-9 || math.Abs(got[1].Worse-0.1) > 1e-9 {
+	rows[0].Ours, rows[1].Ours, rows[2].Ours = 1.1, 2, 9
+	got, few := Compare(old, Ratios(rows))
+	if len(got) != 2 || few != 1 || got[0].ID != "speed" || math.Abs(got[0].Worse-0.5) > 1e-9 || math.Abs(got[1].Worse-0.1) > 1e-9 {
 		t.Errorf("%+v", got)
 	}
 	for _, bad := range []string{"x\n", ratioHeader + "\na\tb\n", ratioHeader + "\na\tb\t1\t1\t1\ttrue\n"} {

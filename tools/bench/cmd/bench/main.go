@@ -148,13 +148,20 @@ func compare(old, now []report.Ratio) error {
 	}
 	fmt.Printf("\n| ratio | committed | now | worse by |\n|---|---:|---:|---:|\n")
 	bad := 0
-	for _, c := range report.Compare(old, now) {
+	changes, few := report.Compare(old, now)
+	for _, c := range changes {
 		mark := ""
 		if c.Worse > worse {
 			bad++
 			mark = " **!**"
 		}
 		fmt.Printf("| %s | %.3g | %.3g | %+.0f %%%s |\n", c.ID, c.Old, c.New, c.Worse*100, mark)
+	}
+	if few > 0 {
+		fmt.Printf("\n%d more are of one round or two, which say nothing of that.\n", few)
+	}
+	if len(changes) == 0 {
+		return errors.New("no ratio is of enough rounds to be compared")
 	}
 	if bad > 0 {
 		return fmt.Errorf("%d ratios got worse by more than %.0f %%", bad, worse*100)
