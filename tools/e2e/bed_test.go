@@ -24,12 +24,12 @@ type bed struct {
 
 func newBed(t testing.TB) *bed {
 	t.Helper()
-	return newBedOf(t, vmtest.Config{Guest: vmtest.Mini, MemoryMiB: 64, WSMiB: 8, SweepMS: 500, Rate: 2000})
+	return newBedOf(t, vmtest.Config{Guest: vmtest.Mini, MemoryMiB: 64, WSMiB: 8, SweepMS: 500, Rate: 2000, Idle: true})
 }
 
 func newBedOf(t testing.TB, cfg vmtest.Config) *bed {
 	t.Helper()
-	cfg.Control, cfg.Idle = true, true
+	cfg.Control = true
 	b := &bed{v: vmtest.Start(t, cfg)}
 	b.control = monitor(t, b.v.ControlPath())
 	var err error

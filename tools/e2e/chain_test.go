@@ -62,7 +62,7 @@ func TestChainOfCheckpoints(t *testing.T) {
 	}
 	n := chainLength(t)
 	x := newTool(t)
-	b := newBedOf(t, vmtest.Config{Guest: vmtest.Mini, MemoryMiB: 64, WSMiB: 8, SweepMS: 500, Rate: 2000})
+	b := newBedOf(t, vmtest.Config{Guest: vmtest.Mini, MemoryMiB: 64, WSMiB: 8, SweepMS: 500, Rate: 2000, Idle: true})
 	v, proxy := b.v, b.proxy
 	var e explained
 	x.json(t, &e, "explain", itoa(v.PID()))

@@ -30,7 +30,7 @@ var crowdNames = []string{"k0", "k1", "k2", "k3", "k9"}
 
 func newCrowd(t *testing.T) *crowd {
 	c := &crowd{host: newHost(t, "[limits]\ncheckpoints = 3\n")}
-	c.b = newBedOf(t, vmtest.Config{Guest: vmtest.Mini, MemoryMiB: 32, WSMiB: 4, Rate: 500, Name: "k9"})
+	c.b = newBedOf(t, vmtest.Config{Guest: vmtest.Mini, MemoryMiB: 32, WSMiB: 4, Rate: 500, Idle: true, Name: "k9"})
 	c.list = append(guests(t, "k", 4), c.b.v)
 	c.start(t)
 	var wg sync.WaitGroup

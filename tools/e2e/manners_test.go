@@ -46,7 +46,7 @@ func TestManagerWins(t *testing.T) {
 		t.Run(c.name, func(t *testing.T) {
 			x := newTool(t)
 			// The store takes a while, and the VM stands still meanwhile.
-			b := newBedOf(t, vmtest.Config{Guest: vmtest.Mini, MemoryMiB: 1024, WSMiB: 512, Rate: 2000})
+			b := newBedOf(t, vmtest.Config{Guest: vmtest.Mini, MemoryMiB: 1024, WSMiB: 512, Rate: 2000, Idle: true})
 			if err := b.control.Execute(t.Context(), "set-action", map[string]string{"reboot": "reset"}, nil); err != nil {
 				t.Fatal(err)
 			}

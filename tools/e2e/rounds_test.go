@@ -6,7 +6,6 @@ import (
 	"errors"
 	"fmt"
 	"os"
-	"path/filepath"
 	"regexp"
 	"strconv"
 	"sync"
@@ -244,21 +243,11 @@ const wantByEngine = 0.95
 func consecutive(t *testing.T, x *tool, cfg vmtest.Config, o course) (v *vmtest.VM, ids []string) {
 	t.Helper()
 	n := o.n
-	cfg.Control = true
-	v = vmtest.Start(t, cfg)
-	control := monitor(t, v.ControlPath())
-	proxy, err := vmtest.NewProxy(filepath.Join(v.Dir(), "proxy.sock"), v.QMPPath())
-	if err != nil {
-		t.Fatal(err)
-	}
-	defer func() {
-		if err := proxy.Close(); err != nil {
-			t.Error(err)
-		}
-	}()
+	bed := newBedOf(t, cfg)
+	v = bed.v
 	var e explained
 	x.json(t, &e, "explain", itoa(v.PID()))
-	truth := ramblocks(t, control)
+	truth := ramblocks(t, bed.control)
 	if len(truth) != len(e.Blocks) {
 		t.Fatalf("QEMU has %v, explain says %+v", truth, e.Blocks)
 	}
@@ -267,8 +256,8 @@ func consecutive(t *testing.T, x *tool, cfg vmtest.Config, o course) (v *vmtest.
 			t.Errorf("block %s: %d bytes, QEMU says %d", b.Name, b.UsedBytes, truth[b.Name])
 		}
 	}
-	w := newWitness(t, v, control, e.Blocks)
-	defer w.watch(proxy)()
+	w := newWitness(t, v, bed.control, e.Blocks)
+	defer w.watch(bed.proxy)()
 
 	before := v.WaitProgress(t, 20000)
 	if o.disturb != nil {
@@ -279,7 +268,7 @@ func consecutive(t *testing.T, x *tool, cfg vmtest.Config, o course) (v *vmtest.
 	lowest := 1.0
 	for i := range n {
 		v.WaitProgress(t, 5000)
-		c := x.checkpoint(t, v.PID(), "--qmp", "unix:"+proxy.Path(), "--mode", "cow", "--engine", o.engine, "--keep-last", itoa(o.keep))
+		c := x.checkpoint(t, v.PID(), "--qmp", "unix:"+bed.proxy.Path(), "--mode", "cow", "--engine", o.engine, "--keep-last", itoa(o.keep))
 		if o.disturb == nil && (c.Mode != "cow" || c.Engine != o.engine || len(c.Retaken) > 0) {
 			t.Errorf("round %d: mode %s, engine %s, retaken %q", i, c.Mode, c.Engine, c.Retaken)
 		}

@@ -112,6 +112,7 @@ func wantComeBack(t *testing.T, h *host) {
 	if err := os.Rename(programs, programs+".away"); err != nil {
 		t.Fatal(err)
 	}
+	began := time.Now()
 	h.start(t)
 	h.wait(t, "the fallback protects all", func(m map[string]statusView) bool {
 		for _, s := range m {
@@ -124,6 +125,7 @@ func wantComeBack(t *testing.T, h *host) {
 	if err := os.Rename(programs+".away", programs); err != nil {
 		t.Fatal(err)
 	}
+	alone := time.Since(began)
 	h.wait(t, "the policies are back", func(m map[string]statusView) bool {
 		for _, s := range m {
 			if s.Policy.Trouble != "" || s.Decision.Source != "program" {
@@ -132,6 +134,7 @@ func wantComeBack(t *testing.T, h *host) {
 		}
 		return len(m) == 5
 	})
+	t.Logf("without policies all were protected after %v; the policies were back %v later", alone, time.Since(began)-alone)
 	h.kill(t, unix.SIGTERM)
 }
 
