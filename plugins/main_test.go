@@ -153,8 +153,8 @@ func (r *rogue) Decide(s *policy.Signals) (*policy.Decision, error) {
 		select {}
 	case "slow":
 		<-time.After(policy.Deadline * 3 / 2)
-	case "late": // at first
-		if r.n == 1 {
+	case "late": // once
+		if r.n == r.after+1 {
 			<-time.After(policy.Deadline * 3 / 2)
 		}
 	case "nonsense":

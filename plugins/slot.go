@@ -292,13 +292,15 @@ func (s *Slot) Decide(ctx context.Context, signals *policy.Signals) Verdict {
 }
 
 // failed counts a failure of a generation, and ends its service if there were too
-// many. mu is held.
+// many. If it stays it is asked again at once: what is decided without it may hold for
+// the whole of the fallback's interval. mu is held.
 func (s *Slot) failed(l *lease, err error) (lost *Status) {
 	if s.current != l {
 		return nil
 	}
 	s.trouble = err
 	if l.failures++; l.failures < s.cfg.MaxFailures && l.PID() != 0 {
+		s.again()
 		return nil
 	}
 	s.current = nil
@@ -337,12 +339,17 @@ func (s *Slot) without(signals *policy.Signals, began time.Time, inPlace bool, e
 // fallbackName is the built-in policy's.
 const fallbackName = "fixed"
 
-// Changes gets a value whenever another generation or the fallback is in charge: what
-// was decided before is to be decided again.
+// Changes gets a value whenever another generation or the fallback is in charge, and when
+// the program in charge missed an answer: what was decided before is to be decided again.
 func (s *Slot) Changes() <-chan struct{} { return s.changes }
 
 func (s *Slot) changed(st Status) {
 	s.cfg.Changed(st)
+	s.again()
+}
+
+// again has a decision asked for.
+func (s *Slot) again() {
 	select {
 	case s.changes <- struct{}{}:
 	default: // nobody has looked since the last one

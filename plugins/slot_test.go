@@ -217,6 +217,41 @@ func TestLateAtFirst(t *testing.T) {
 	}
 }
 
+// TestMissedOnce: what is decided without a program that missed one answer, or did not say
+// whether it serves, does not stay in force until it is asked the next time.
+func TestMissedOnce(t *testing.T) {
+	s := newSlot(t, registry(t, "rogue"), func(c *SlotConfig) { c.HealthEvery = 50 * time.Millisecond })
+	if _, err := s.Set(t.Context(), "rogue", map[string]string{"how": "late", "after": "1"}, now()); err != nil {
+		t.Fatal(err)
+	}
+	<-s.Changes()
+	taken := now()
+	taken.History = []*policy.Checkpoint{{AtNs: taken.NowNs, Ok: true}}
+	if v := s.Decide(t.Context(), taken); v.Source != FromFallback {
+		t.Errorf("%+v", v)
+	}
+	serves := func() {
+		t.Helper()
+		within(t, 10*time.Second, "it is asked again", func() { <-s.Changes() })
+		if v := s.Decide(t.Context(), taken); v.Source != FromProgram || s.Status().Trouble != nil {
+			t.Errorf("%+v, %+v", v, s.Status())
+		}
+	}
+	serves()
+	pid := s.Status().PID
+	if err := unix.Kill(pid, unix.SIGSTOP); err != nil {
+		t.Fatal(err)
+	}
+	until(t, 10*time.Second, "it does not say whether it serves", func() bool { return s.Status().Trouble != nil })
+	if err := unix.Kill(pid, unix.SIGCONT); err != nil {
+		t.Fatal(err)
+	}
+	serves()
+	if s.Status().Generation != 1 {
+		t.Errorf("%+v", s.Status())
+	}
+}
+
 // TestLastDecision: one missed answer leaves the program its place and its last
 // decision in force, until a checkpoint was taken on it.
 func TestLastDecision(t *testing.T) {
