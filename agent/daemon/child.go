@@ -81,12 +81,16 @@ func (w *bounded) Write(p []byte) (int, error) {
 	return len(p), nil
 }
 
+// byName refers to a VM and to nothing else: a name alone, of a VM that has no checkpoint
+// yet, might be the beginning of the id of another's, and one with a dash an option.
+func byName(vm string) string { return "vm:" + vm }
+
 // restore brings a VM's newest checkpoint back.
 func (d *Daemon) restore(ctx context.Context, log *slog.Logger, vm, store string) (pid int, err error) {
 	var r struct {
 		QEMUPID int `json:"qemu_pid"`
 	}
-	if err := d.run(ctx, log, &r, errand{args: []string{"restore", vm, "--store", store, "--detach"}, grace: restoreGrace}); err != nil {
+	if err := d.run(ctx, log, &r, errand{args: []string{"restore", byName(vm), "--store", store, "--detach"}, grace: restoreGrace}); err != nil {
 		return 0, err
 	}
 	return r.QEMUPID, nil
@@ -101,7 +105,7 @@ func (d *Daemon) rehearse(ctx context.Context, log *slog.Logger, vm, store strin
 		RunningNS int64  `json:"command_to_running_ns"`
 	}
 	err := d.run(ctx, log, &r, errand{grace: restoreGrace,
-		args: []string{"rehearse", vm, "--store", store, "--for", time.Duration(d.cfg.Rehearsal.For).String()}})
+		args: []string{"rehearse", byName(vm), "--store", store, "--for", time.Duration(d.cfg.Rehearsal.For).String()}})
 	out.Id, out.RunningNs, out.Ok = r.ID, r.RunningNS, err == nil
 	if err != nil {
 		out.Error = err.Error()

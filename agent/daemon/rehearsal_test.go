@@ -76,7 +76,7 @@ func TestRehearsalsOnSchedule(t *testing.T) {
 	if apart := second.GetAtNs() - first.GetAtNs(); time.Duration(apart) < every || time.Unix(0, first.GetAtNs()).Sub(began) < every {
 		t.Errorf("the first after %v, the second %v later", time.Unix(0, first.GetAtNs()).Sub(began), time.Duration(apart))
 	}
-	if c := calls(); len(c) < 2 || c[0] != "rehearse web --store /store --for 10s --json" {
+	if c := calls(); len(c) < 2 || c[0] != "rehearse vm:web --store /store --for 10s --json" {
 		t.Errorf("called as %q", c)
 	}
 	saved, err := d.state.Read()
@@ -134,4 +134,18 @@ func TestRehearsalsOnSchedule(t *testing.T) {
 	}
 	busy.limits.turns.Release(turns)
 	after(t, w, rec.Rehearsal.GetAtNs())
+}
+
+// A VM is restored by its name alone: "db" may also be the beginning of the id of another
+// VM's checkpoint, and "-x" an option.
+func TestChildrenGetNames(t *testing.T) {
+	d, calls := rehearser(t, `echo '{"qemu_pid":7}'`)
+	for _, name := range []string{"db", "-x"} {
+		if pid, err := d.restore(t.Context(), d.log, name, "/store"); pid != 7 || err != nil {
+			t.Errorf("%d, %v", pid, err)
+		}
+	}
+	if c := calls(); len(c) != 2 || c[0] != "restore vm:db --store /store --detach --json" || c[1] != "restore vm:-x --store /store --detach --json" {
+		t.Errorf("called as %q", c)
+	}
 }

@@ -93,7 +93,7 @@ func (a *app) restoreRecord(ctx context.Context, o *restoreOptions, cfg daemon.C
 		return nil, err
 	}
 	ro.Detach = true
-	res, err := restore.Run(ctx, st, r.Name, ro)
+	res, err := restore.Run(ctx, st, "vm:"+r.Name, ro) // a name alone may be the beginning of an id
 	if res == nil {
 		return nil, err
 	}
