@@ -2,6 +2,7 @@ package pager
 
 import (
 	"context"
+	"errors"
 	"fmt"
 	"os"
 	"sync"
@@ -58,11 +59,17 @@ func supervise(ctx context.Context, o *options, ctl *control, keepers map[string
 	}
 	me.works.Add(1)
 	pidfd, err := openTarget(&st.Config)
-	if err != nil {
+	if errors.Is(err, uffd.ErrGone) {
 		if !ctl.phaseNow().over() {
 			ctl.advance(PhaseGone)
 		}
 		return nil
+	}
+	if err != nil {
+		// Whether it lives is not known, and its guest needs the worker if it does: that
+		// one starts another of us.
+		log("%v", err)
+		return err
 	}
 	defer unix.Close(pidfd)
 	stop, err := uffd.NewStop()
