@@ -11,7 +11,10 @@ import (
 	"strconv"
 	"strings"
 
+	"golang.org/x/sys/unix"
+
 	"github.com/ckagent/ckagent/agent/cmdline"
+	"github.com/ckagent/ckagent/agent/procstat"
 	"github.com/ckagent/ckagent/agent/vm"
 )
 
@@ -99,11 +102,16 @@ func (s Subject) recordedProcess() (Doubt, bool) {
 	if err != nil || s.BootID != "" && boot != s.BootID {
 		return Doubt{}, false // another boot, another set of processes
 	}
-	p, err := vm.OpenProcessAs(s.PID, s.StartTicks)
-	if err != nil {
+	// Who it is can be told of any process, whether or not we may look at the rest of it.
+	p, err := procstat.Read(s.PID)
+	switch {
+	case errors.Is(err, os.ErrNotExist), errors.Is(err, unix.ESRCH):
+		return Doubt{}, false
+	case err != nil:
+		return Doubt{PID: s.PID, What: "may be the process that was checkpointed: " + err.Error()}, true
+	case p.StartTicks != s.StartTicks || p.Ended() || p.Exiting(): // its guest runs no more
 		return Doubt{}, false
 	}
-	defer p.Close()
 	return Doubt{PID: s.PID, What: "is the process that was checkpointed"}, true
 }
 

@@ -11,6 +11,7 @@ import (
 	"golang.org/x/sys/unix"
 
 	"github.com/ckagent/ckagent/agent/problem"
+	"github.com/ckagent/ckagent/agent/procstat"
 	"github.com/ckagent/ckagent/tools/vmtest"
 )
 
@@ -165,5 +166,31 @@ func TestHold(t *testing.T) {
 	}
 	if left, _ := os.ReadDir(dir); len(left) != 0 {
 		t.Errorf("left behind: %v", left)
+	}
+}
+
+// TestRecordedProcess: the process that was checkpointed is known by its pid and start
+// time, also by somebody who may not look at what it runs.
+func TestRecordedProcess(t *testing.T) {
+	boot, err := BootID()
+	if err != nil {
+		t.Fatal(err)
+	}
+	cmd := exec.Command("sleep", "60") // a QEMU as little as one that may not be looked at
+	if err := cmd.Start(); err != nil {
+		t.Fatal(err)
+	}
+	st, err := procstat.Read(cmd.Process.Pid)
+	if err != nil {
+		t.Fatal(err)
+	}
+	s := Subject{PID: cmd.Process.Pid, StartTicks: st.StartTicks, BootID: boot}
+	if got := check(t, s); !strings.Contains(got, "is the process that was checkpointed") {
+		t.Errorf("while it lives: %q", got)
+	}
+	_ = cmd.Process.Kill()
+	_ = cmd.Wait() // killed
+	if got := check(t, s); got != "" {
+		t.Errorf("after its death: %q", got)
 	}
 }
