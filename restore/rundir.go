@@ -61,7 +61,10 @@ func (id identity) alive() bool {
 		return false
 	}
 	start, err := startTicks(id.PID)
-	return err == nil && (id.Start == 0 || start == id.Start)
+	if err != nil { // what cannot be read, for want of a descriptor for one, may be there
+		return !errors.Is(err, os.ErrNotExist) && !errors.Is(err, unix.ESRCH)
+	}
+	return id.Start == 0 || start == id.Start
 }
 
 // endPatience is for a killed QEMU to be gone.

@@ -126,3 +126,31 @@ func TestRunDirStaysOurs(t *testing.T) {
 		t.Errorf("QEMU cannot pass, or can list: %v, %v", st.Mode(), err)
 	}
 }
+
+// TestUnreadableIsNotGone: a process that cannot be looked at, for want of a descriptor, may
+// be there; what is noted of it stays.
+func TestUnreadableIsNotGone(t *testing.T) {
+	start, err := startTicks(os.Getpid())
+	if err != nil {
+		t.Fatal(err)
+	}
+	var old unix.Rlimit
+	if err := unix.Getrlimit(unix.RLIMIT_NOFILE, &old); err != nil {
+		t.Fatal(err)
+	}
+	none := old
+	none.Cur = 0
+	if err := unix.Setrlimit(unix.RLIMIT_NOFILE, &none); err != nil {
+		t.Fatal(err)
+	}
+	alive := identity{os.Getpid(), start}.alive()
+	if err := unix.Setrlimit(unix.RLIMIT_NOFILE, &old); err != nil {
+		t.Fatal(err)
+	}
+	if !alive {
+		t.Error("taken for gone")
+	}
+	if (identity{os.Getpid(), start + 1}).alive() {
+		t.Error("another process of this pid is taken for this one")
+	}
+}
