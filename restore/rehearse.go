@@ -84,7 +84,10 @@ func watchRunning(ctx context.Context, res *Result, watch time.Duration) error {
 			return ctx.Err()
 		case <-p.Done():
 			return problem.New(problem.Integrity, "watch", res.Name, "its QEMU ended")
-		case e := <-bad.C():
+		case e, open := <-bad.C():
+			if !open { // nothing was announced: the monitor is lost
+				return p.Explain(c.Err())
+			}
 			return problem.New(problem.Integrity, "watch", res.Name, "the guest came to %s %s", e.Name, e.Data)
 		case <-tick.C:
 		case <-end.C:
