@@ -65,6 +65,9 @@ func format(ctx context.Context, f *os.File, backing, backingFormat string, size
 		return problem.New(problem.Refused, "create volume", f.Name(), "qemu-img is not installed").
 			WithHint("install qemu-utils, or leave disks out with --disks none")
 	}
+	if err != nil && ctx.Err() != nil { // it was ended by us, and failed by that
+		return problem.New(problem.CodeOf(ctx.Err()), "create volume", f.Name(), "%w", ctx.Err())
+	}
 	if err != nil {
 		return problem.New(problem.Store, "create volume", f.Name(), "qemu-img: %w: %s", err, bytes.TrimSpace(out))
 	}
