@@ -105,7 +105,8 @@ func Start(ctx context.Context, cfg Config) (*Taker, error) {
 	t.vigil = watchOver(silence, t.kill)
 	order := *o
 	order.Protocol, order.Paced, order.Tracked = protocol, o.Capture.Pace != nil, t.marks != nil
-	if t.tell(down{Order: &order}) != nil || t.marks.give(cfg.Track) != nil {
+	// The marks first: who has the order takes them for sent.
+	if t.marks.give(cfg.Track) != nil || t.tell(down{Order: &order}) != nil {
 		return nil, errors.Join(t.died(ctx), t.Close())
 	}
 	u, err := t.listen(ctx)
