@@ -153,7 +153,7 @@ say "a checkpoint with the overlay comes back by itself, with its disk"
 "$CKAGENT" restore "$overlay" --store "$STORE" --json >"$LAB/restore.json" || die "restore: $(cat "$LAB/restore.json")"
 own=$(field qemu_pid <"$LAB/restore.json")
 (
-	SERIAL=$(field run_dir <"$LAB/restore.json")/charserial0.log
+	SERIAL=$(field run_dir <"$LAB/restore.json")/vm/charserial0.log
 	wrote() { [ "$(serial | grep -c '^FILES wrote=')" -ge 4 ]; }
 	until_true 30 wrote || die "the guest does not carry on"
 	healthy

@@ -59,7 +59,7 @@ until_true 20 is "shut off" || die "libvirt did not notice"
 say "ckagent restore: a QEMU of its own"
 "$CKAGENT" restore demo --store "$STORE" --json >"$LAB/restore.json" || die "restore: $(cat "$LAB/restore.json")"
 own=$(field qemu_pid <"$LAB/restore.json")
-log=$(field run_dir <"$LAB/restore.json")/charserial0.log
+log=$(field run_dir <"$LAB/restore.json")/vm/charserial0.log
 echo "running $(($(field command_to_running_ns <"$LAB/restore.json") / 1000000)) ms after the command"
 # The same questions, of the console of this one.
 (
