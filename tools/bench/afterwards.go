@@ -31,22 +31,9 @@ var afterwardsGuest = guestSpec{memoryMiB: 1024, usedMiB: 512, devices: 2, fast:
 // been checkpointed and a minute has gone by.
 func (b *bench) afterwards(ctx context.Context) error {
 	ways := []*way{{name: wayOurs, op: b.ckagent}, {name: wayUffd, op: b.uffd}, {name: waySnapshot, op: b.backgroundSnapshot}, {name: wayUntouched}}
-	defer func() {
-		for _, w := range ways {
-			if w.guest != nil {
-				w.guest.close()
-				w.guest = nil
-			}
-		}
-	}()
-	for _, w := range ways {
-		var err error
-		if w.guest, err = launch(ctx, afterwardsGuest); err != nil {
-			return err
-		}
-		if err := w.guest.stop(ctx); err != nil {
-			return err
-		}
+	defer closeGuests(ways)
+	if err := launchGuests(ctx, ways, afterwardsGuest); err != nil {
+		return err
 	}
 	rest, windows := afterRest, afterWindows
 	if b.Quick {

@@ -82,24 +82,34 @@ func (b *bench) checkpoints(ctx context.Context, s checkpointSpec) error {
 	return nil
 }
 
-// generation measures on one fresh guest of each way, in alternation.
-func (b *bench) generation(ctx context.Context, s checkpointSpec, ways []*way, rounds int, table *stageTable, device *report.Figures) error {
-	defer func() {
-		for _, w := range ways {
-			if w.guest != nil {
-				w.guest.close()
-				w.guest = nil
-			}
-		}
-	}()
+// launchGuests boots a guest for each way and stops it until it is measured.
+func launchGuests(ctx context.Context, ways []*way, s guestSpec) (err error) {
 	for _, w := range ways {
-		var err error
-		if w.guest, err = launch(ctx, s.guest); err != nil {
+		if w.guest, err = launch(ctx, s); err != nil {
 			return err
 		}
 		if err := w.guest.stop(ctx); err != nil {
 			return err
 		}
+	}
+	return nil
+}
+
+// closeGuests ends the guests that there are.
+func closeGuests(ways []*way) {
+	for _, w := range ways {
+		if w.guest != nil {
+			w.guest.close()
+			w.guest = nil
+		}
+	}
+}
+
+// generation measures on one fresh guest of each way, in alternation.
+func (b *bench) generation(ctx context.Context, s checkpointSpec, ways []*way, rounds int, table *stageTable, device *report.Figures) error {
+	defer closeGuests(ways)
+	if err := launchGuests(ctx, ways, s.guest); err != nil {
+		return err
 	}
 	for round := range rounds {
 		for _, w := range ways {

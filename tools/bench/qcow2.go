@@ -63,23 +63,17 @@ func (b *bench) withDisk(ctx context.Context) error {
 func (b *bench) diskGeneration(ctx context.Context, ways []*way, rounds int) error {
 	dirs := map[*way]string{}
 	defer func() {
-		for _, w := range ways {
-			if w.guest != nil {
-				w.guest.close()
-				w.guest = nil
-			}
-			_ = os.RemoveAll(dirs[w]) // the run's own directory goes in the end
+		closeGuests(ways)
+		for _, dir := range dirs {
+			_ = os.RemoveAll(dir) // the run's own directory goes in the end
 		}
 	}()
+	if err := launchGuests(ctx, ways, diskGuest); err != nil {
+		return err
+	}
 	for _, w := range ways {
 		var err error
-		if w.guest, err = launch(ctx, diskGuest); err != nil {
-			return err
-		}
 		if dirs[w], err = os.MkdirTemp(b.dir, "disk-"); err != nil {
-			return err
-		}
-		if err := w.guest.stop(ctx); err != nil {
 			return err
 		}
 	}
